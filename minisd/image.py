@@ -1,0 +1,189 @@
+"""Pictures in and out: PIL images, tensors in [-1, 1], files, grids and GIFs.
+
+A network sees `Float[Tensor, "b 3 h w"]` in [-1, 1]. A person has files of every kind: `read` and `to_rgb` make one kind
+of them, and say what is wrong with the rest. Nothing written ever replaces a file unasked.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+MAX_PIXELS = 89_000_000  # a larger picture is taken for a decompression bomb
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, loaded whole. Whatever Pillow stumbles over becomes one ValueError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, at a lower limit
+            image = Image.open(path)
+        with image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; scale it down first"
+                )
+            image.load()
+            yield image
+    except FileNotFoundError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture of a known kind (PNG, JPEG, WebP, TIFF, ...)") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read(path: str | Path, background: str = "white") -> Image.Image:
+    """Reads a picture file as RGB, upright, transparent parts on the background colour.
+
+    Raises FileNotFoundError, and ValueError with the path and the reason where the file holds no whole picture.
+    """
+    with _opened(path) as image:
+        return to_rgb(image, background)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG: what `save` was given, or what another program wrote. Raises as `read` does."""
+    with _opened(path) as image:
+        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any PIL image as upright 8-bit RGB: grey, palette, CMYK, alpha on a background, 16-bit and float scaled.
+
+    16-bit pictures are scaled by 65535. Float pictures hold 0 to 1; one that doesn't is stretched from its least value
+    to its greatest, and so is a 32-bit one.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a picture is a PIL image, not {type(image).__name__}; minisd.image.read opens a file")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("the picture holds values that are not finite (NaN or infinity)")
+    full = 1 if image.mode == "F" else 65535
+    low, high = (0, full) if 0 <= values.min() and values.max() <= full else (values.min(), values.max())
+    return Image.fromarray(np.round((values - low) / ((high - low) or 1) * 255).astype(np.uint8))
+
+
+def fit(image: Image.Image, size: tuple[int, int] | None = None, multiple: int = 8) -> Image.Image:
+    """Scales a picture until it covers size (width, height), and crops what stands over, equally on both sides.
+
+    Without a size, sides go down to the next multiple of `multiple`, with a warning where that changes the picture.
+    """
+    if size is None:
+        size = tuple(max(side // multiple, 1) * multiple for side in image.size)
+        if size != image.size:
+            warnings.warn(
+                f"the picture is {image.width} x {image.height}; sides are multiples of {multiple}, "
+                f"so it is resized to {size[0]} x {size[1]}",
+                stacklevel=2,
+            )
+    return image if size == image.size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def from_pil(images: Image.Image | Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """PIL images of one size as a batch in [-1, 1]."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images or any(image.size != images[0].size for image in images):
+        raise ValueError(f"a batch needs pictures of one size, not {[image.size for image in images]}; see image.fit")
+    pixels = np.stack([np.asarray(to_rgb(image)) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pil(pixels: Float[Tensor, "*b c h w"]) -> Image.Image | list[Image.Image]:
+    """A picture in [-1, 1] as a PIL image, a batch as a list of them; one channel makes a grey one.
+
+    Values beyond [-1, 1] are clamped; NaN and infinity raise ValueError.
+    """
+    if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3):
+        raise ValueError(f"a picture is [3, h, w] or [1, h, w], a batch [b, 3, h, w], not {list(pixels.shape)}")
+    if not pixels.isfinite().all():
+        raise ValueError("the picture holds values that are not finite (NaN or infinity)")
+    if pixels.ndim == 4:
+        return [to_pil(picture) for picture in pixels]
+    eight_bit = ((pixels.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(eight_bit.squeeze(2) if eight_bit.shape[2] == 1 else eight_bit)
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2, color: str = "white") -> Image.Image:
+    """A contact sheet of pictures of one size, row by row; without columns, about as wide as high."""
+    if not images or any(image.size != images[0].size for image in images):
+        raise ValueError(f"a grid needs pictures of one size, not {[image.size for image in images]}")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), color)
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def check_output(path: str | Path, suffix: str = ".png", force: bool = False) -> Path:
+    """Raises before any work is done where a picture could not be saved: the reason, and what to do."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: the name must end in {suffix}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists and is not overwritten; choose another name, or force it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: the folder {path.parent.resolve()} can't be written to")
+    if (free := shutil.disk_usage(path.parent).free) < 2**24:
+        raise OSError(f"{path}: only {free / 2**20:.0f} MiB are left on the disk")
+    return path
+
+
+def save(
+    image: Image.Image, path: str | Path, metadata: Mapping[str, object] | None = None, *, force: bool = False
+) -> Path:
+    """Saves a PNG with its metadata as text chunks, whole or not at all; an existing file is replaced only by force."""
+    path = check_output(path, force=force)
+    text = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_itxt(key, str(value))
+    return _write(path, image, pnginfo=text)
+
+
+def save_gif(images: Sequence[Image.Image], path: str | Path, *, milliseconds: int = 80, force: bool = False) -> Path:
+    """Saves pictures as an endless GIF, each shown for a while; an existing file is replaced only by force."""
+    path = check_output(path, ".gif", force=force)
+    first, *rest = (image.convert("RGB") for image in images)
+    return _write(path, first, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def _write(path: Path, image: Image.Image, **options) -> Path:
+    """Encodes in memory, writes beside the target and renames, so that no one ever sees half a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, path.suffix[1:], **options)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
