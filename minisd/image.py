@@ -1,6 +1,6 @@
 """Pictures in and out: PIL images, tensors in [-1, 1], files, grids and GIFs.
 
-A network sees `Float[Tensor, "b 3 h w"]` in [-1, 1]. A person has files of every kind: `read` and `to_rgb` make one kind
+A network sees `Float[Tensor, "b 3 h w"]` in [-1, 1]. A person has files of every kind: `read`, `to_rgb` make one kind
 of them, and say what is wrong with the rest. Nothing written ever replaces a file unasked.
 """
 
