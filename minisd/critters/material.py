@@ -1,0 +1,178 @@
+"""What every point of the critter is made of: colour, part, shine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .anatomy import Anatomy
+from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep
+
+PARTS = ("background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag")
+
+
+class Material(NamedTuple):
+    """Linear colour [3, b, n], part label [b, n], shine and glow [b, n] (glow: how far the light is ignored)."""
+
+    colour: Tensor
+    part: Tensor
+    shine: Tensor
+    glow: Tensor
+
+
+def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
+    """Colour the points p [3, b, n] with normals n; `pixel` [b, 1] is a pixel's width, over which borders are softened."""
+    d = distances(a, p)
+    on_head = smoothstep(0.03, -0.03, d.head - d.body)
+    facing = into(a.head_axes, into(a.body_axes, n))[2]
+    colour = _fur(a, d, on_head, facing)
+    part = torch.where(on_head > 0.5, 1.0, 2.0)
+    shine, glow = torch.full_like(part, 0.06), torch.zeros_like(part)
+    skin = torch.minimum(d.head, d.body)
+    surface = torch.minimum(skin, d.eyes)
+    cloth_surface = torch.minimum(surface, d.neckwear)
+    stripes = smoothstep(-0.15, 0.15, torch.sin(26 * (d.hat_point[1] + 0.35 * d.hat_point[0])))
+    cream = p.new_tensor([1.0, 0.81, 0.39])[:, None, None]
+    hat = mix(
+        mix(a.hat_colour, cream, stripes), p.new_tensor([0.95, 0.90, 0.80])[:, None, None], _inside(d.pompom, pixel)
+    )
+    checks = smoothstep(-0.18, 0.18, torch.sin(30 * d.body_point[0]) - 0.2) * a.scarf
+    layers = (  # label, how deep inside, colour, shine, glow
+        (4, d.nose - skin + 0.004, a.nose_colour, 0.5, 0.0),
+        (5, d.tongue - skin, p.new_tensor([0.85, 0.25, 0.28])[:, None, None], 0.25, 0.0),
+        (3, d.eyes - skin, _eye(a, d.head_point, pixel), 0.15, 0.85),
+        (6, d.hat - surface, hat, 0.15, 0.0),
+        (7, d.neckwear - surface, mix(a.cloth, 0.75 * a.cloth + 0.2, checks), 0.15, 0.0),
+        (7, d.bow - cloth_surface, a.cloth, 0.2, 0.0),
+        (8, d.tag - cloth_surface, p.new_tensor([0.95, 0.66, 0.16])[:, None, None], 0.8, 0.0),
+    )
+    for label, depth, paint, shininess, glowing in layers:
+        mask = _inside(depth, pixel)
+        colour, shine, glow = mix(colour, paint, mask), mix(shine, shininess, mask), mix(glow, glowing, mask)
+        part = torch.where(mask > 0.5, float(label), part)
+    return Material(colour, part, shine, glow)
+
+
+def noise(p: Tensor, frequency: float) -> Tensor:
+    """Smooth, cheap, repeatable noise in about -1..1: sines bent by sines."""
+    x, y, z = p * frequency
+    first = torch.sin(x + 1.7 * torch.sin(0.8 * y + 1.3)) * torch.sin(1.1 * y + 1.5 * torch.sin(0.7 * z + 0.4))
+    return 0.6 * first + 0.4 * torch.sin(1.3 * z + 1.2 * torch.sin(0.9 * x)) * torch.sin(0.9 * x + 2.1)
+
+
+def _inside(depth: Tensor, pixel: Tensor) -> Tensor:
+    return smoothstep(0.7 * pixel, -0.35 * pixel, depth)
+
+
+def _band(x: Tensor, width: float = 0.18) -> Tensor:
+    return smoothstep(-width, width, x)
+
+
+def _fur(a: Anatomy, d: Distances, on_head: Tensor, facing: Tensor) -> Tensor:
+    """Fur with its pattern, the light muzzle and chest, inner ears, blush and mouth, [3, b, n]."""
+    head, body = d.head_point, d.body_point
+    on_muzzle = smoothstep(0.035, -0.015, d.muzzle - d.skull) * on_head
+    on_ears = smoothstep(0.02, -0.03, d.ears - d.skull) * on_head
+    on_legs = smoothstep(0.03, -0.02, d.legs - d.torso)
+    on_tail = smoothstep(0.06, 0.0, d.tail)
+    fur = mix(a.fur, a.fur_dark, 0.88 * a.striped * _stripes(a, d, on_head, on_legs, on_tail))
+    fur = mix(fur, a.fur_dark, a.spotted * _spots(a, head, body, on_head, on_ears))
+    fur = mix(fur, 0.72 * a.fur, 0.8 * on_ears * (1 - a.cat) * (1 - a.spotted))
+    fur = mix(fur, a.fur_light, 0.92 * on_muzzle)
+    white = fur.new_tensor([0.88, 0.86, 0.83])[:, None, None]
+    squash = fur.new_tensor([1.2, 0.55, 1])[:, None, None]
+    middle = a.chest + fur.new_tensor([0, -0.20, 0.36])[:, None, None]
+    chest = smoothstep(0.03, -0.05, length((body - middle) * squash) - 0.30) * (1 - on_head)
+    x, y, z = head
+    wedge = x.abs() - 0.055 - 0.25 * (0.05 - y).clamp(min=0)
+    blaze = smoothstep(0.02, -0.02, wedge) * smoothstep(0.42, 0.30, y) * smoothstep(0, 0.3, z) * on_head
+    paws = smoothstep(-1.02, -1.08, body[1]) * (1 - on_head) * (1 - on_tail)
+    fur = mix(fur, white, a.tuxedo * torch.maximum(torch.maximum(blaze, chest), torch.maximum(paws, on_muzzle)))
+    fur = mix(fur, a.fur_light, 0.55 * chest * (1 - a.tuxedo) * (1 - on_legs))
+    fur = mix(fur, mix(fur.new_tensor([0.88, 0.44, 0.44])[:, None, None], a.fur, 0.15), _inner_ear(a, d, facing))
+    blush = smoothstep(0.17, 0.02, ((x.abs() - a.eye[0] - 0.13).square() + (1.25 * (y + 0.20)).square()).sqrt())
+    blush = blush * on_head * smoothstep(0.1, 0.4, z) * (0.20 + 0.30 * smoothstep(0.05, 0.35, a.fur.mean(0)))
+    rosy = fur * fur.new_tensor([0.60, 0.75, 0.75])[:, None, None] + fur.new_tensor([0.42, 0.07, 0.09])[:, None, None]
+    return mix(mix(fur, rosy, blush), fur.new_tensor([0.10, 0.04, 0.04])[:, None, None], 0.85 * _mouth(a, head, facing))
+
+
+def _stripes(a: Anatomy, d: Distances, on_head: Tensor, on_legs: Tensor, on_tail: Tensor) -> Tensor:
+    """A tabby's bars on forehead and cheeks, and rings round body, legs and tail."""
+    x, y, z = d.head_point
+    side = x.abs()
+    bend = noise(d.head_point + a.phase, 6.0)
+    forehead = (
+        _band(torch.cos(25 * x + 0.5 * bend) - 0.25)
+        * smoothstep(0.16, 0.26, y - 0.12 * side)
+        * smoothstep(0.30, 0.20, side)
+    )
+    cheeks = _band(torch.sin(24 * y - 9 * side + 0.6 * bend) - 0.15)
+    cheeks = cheeks * smoothstep(0.40, 0.47, side) * smoothstep(0.22, 0.1, y) * smoothstep(-0.45, -0.35, y)
+    bend = noise(d.body_point + a.phase, 4.0)
+    spine = a.hip - a.chest
+    along = ((d.body_point - a.chest) * spine).sum(0) / length(spine)
+    x, y, z = d.body_point
+    ring = mix(torch.sin(21 * along + 1.5 * bend), torch.sin(21 * y + 0.7 * bend), on_legs)
+    ring = mix(ring, torch.sin(17 * (x.abs() + y + z)), on_tail)
+    return mix(_band(ring - 0.25), torch.maximum(forehead, cheeks), on_head)
+
+
+def _spots(a: Anatomy, head: Tensor, body: Tensor, on_head: Tensor, on_ears: Tensor) -> Tensor:
+    """A dog's spots on the body, its dark ears, and a patch round one eye."""
+    blobs = _band(noise(1.2 * body + a.phase.roll(-1, 0), 5.2) - 0.34, 0.05) * (
+        1 - on_head * smoothstep(0.5, 0.2, head[0].abs())
+    )
+    side = torch.where(a.phase[0] > 50, 1.0, -1.0)
+    mirrored = head.new_tensor([1.0, 0, 0])[:, None, None] * (side - 1) + 1
+    squash = head.new_tensor([1, 0.9, 0.6])[:, None, None]
+    patch = length((head - a.eye * mirrored) * squash) - 0.25 + 0.03 * noise(head + a.phase, 6.0)
+    spots = torch.maximum(blobs, _band(-patch, 0.02) * on_head)
+    return torch.maximum(spots * (1 - on_ears), on_ears)
+
+
+def _inner_ear(a: Anatomy, d: Distances, facing: Tensor) -> Tensor:
+    flat = d.head_point.new_tensor([1, 1, 0])[:, None, None]
+    root, tip = mix(a.ear_root, a.ear_tip, 0.12) * flat, mix(a.ear_root, a.ear_tip, 0.80) * flat
+    shell = capsule(fold(d.head_point) * flat, root, tip, 0.60 * a.ear_radii[0], 0.5 * a.ear_radii[1])
+    return (
+        smoothstep(0.02, -0.02, shell) * a.cat * smoothstep(0.1, 0.4, facing) * smoothstep(0.0, -0.03, d.ears - d.skull)
+    )
+
+
+def _mouth(a: Anatomy, head: Tensor, facing: Tensor) -> Tensor:
+    """Two arcs under the nose, and the line that joins them to it."""
+    x, y, z = head
+    top = a.muzzle[1] + 0.10 * a.muzzle_radii[1]
+    radius = 0.42 * a.muzzle_radii[0]
+    arcs = (((x.abs() - radius).square() + (y - top + 0.02).square()).sqrt() - radius).abs() + 9.0 * (y > top - 0.02)
+    line = x.abs() + 9.0 * ((y < top - 0.02) | (y > a.nose[1]))
+    return smoothstep(0.020, 0.008, torch.minimum(arcs, line)) * (z > 0.4) * smoothstep(0, 0.3, facing)
+
+
+def _eye(a: Anatomy, head: Tensor, pixel: Tensor) -> Tensor:
+    """An eye in its own plane: white, iris lighter below, pupil (a slit for cats), dark lid, two highlights."""
+    side = torch.sign(head[0])
+    x, y = (head[0] - side * a.eye[0]) / a.eye_radius, (head[1] - a.eye[1]) / a.eye_radius
+    gx, gy = x - a.gaze[0], y - a.gaze[1]
+    soft = pixel / a.eye_radius
+    radius = (gx * gx + gy * gy).sqrt()
+    iris = mix(0.50 * a.iris, 1.25 * a.iris + 0.04, smoothstep(0.5, -0.6, gy))
+    eye = mix(head.new_tensor([0.80, 0.78, 0.76])[:, None, None], iris, smoothstep(0.80 + soft, 0.80 - soft, radius))
+    eye = mix(eye, 0.35 * a.iris, 0.8 * smoothstep(0.14, 0.02, (radius - 0.78).abs()))
+    slit = 0.25 * (((gx / 0.25).square() + (gy / 0.56).square()).sqrt() - 1)
+    eye = mix(
+        eye,
+        head.new_tensor([0.012, 0.010, 0.016])[:, None, None],
+        smoothstep(soft, -soft, mix(radius - 0.46, slit, a.cat)),
+    )
+    eye = mix(
+        eye,
+        head.new_tensor([0.020, 0.015, 0.018])[:, None, None],
+        smoothstep(0.86, 0.95, (x * x + y * y).sqrt() + 0.10 * y),
+    )
+    lit = torch.sign(a.light[0])
+    large = ((x - 0.26 * lit).square() + (y - 0.34).square()).sqrt() - 0.21
+    small = ((x + 0.30 * lit).square() + (y + 0.30).square()).sqrt() - 0.10
+    return mix(eye, 1.25, smoothstep(soft, -soft, torch.minimum(large, small)))

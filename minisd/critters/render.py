@@ -1,0 +1,141 @@
+"""From scenes to pictures and everything known about them: trace, colour, light, place, style."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import backdrop, light, material, styles, trace
+from .anatomy import Anatomy, anatomy
+from .field import mix
+from .scene import Scene
+
+SMALLEST = 128  # smaller pictures are drawn at this size or more and shrunk: eyes and styles need the pixels
+
+
+@dataclass(frozen=True)
+class Render:
+    """Pictures and their ground truth: all of one batch, pixel for pixel.
+
+    `depth` is the distance from the camera in heads (the critter lies at about 8, the sky at 16); `normals` point in
+    world space (x right, y up, z to the viewer) and are 0 off the critter; `parts` are indices into `PARTS`;
+    `edges` are ink lines, 0..1.
+    """
+
+    image: Float[Tensor, "b 3 h w"]
+    depth: Float[Tensor, "b 1 h w"]
+    normals: Float[Tensor, "b 3 h w"]
+    parts: Int[Tensor, "b 1 h w"]
+    edges: Float[Tensor, "b 1 h w"]
+
+
+@torch.no_grad()
+def render(scenes: list[Scene], size: int = 128, device: str | torch.device = "cpu", chunk: int = 8) -> Render:
+    """Draw scenes as pictures of size x size pixels, `chunk` of them at a time.
+
+    A scene's picture depends on the scene and the size alone, not on its company: the same scene gives the same bytes.
+    Raises ValueError for an empty list and for sizes that are not a positive multiple of 8.
+    """
+    if not scenes:
+        raise ValueError("no scenes to render: give a list of at least one Scene")
+    if not isinstance(size, int) or size <= 0 or size % 8:
+        raise ValueError(f"size={size!r} must be a positive multiple of 8, such as 64, 128 or 256")
+    parts = [_render(scenes[i : i + chunk], size, device) for i in range(0, len(scenes), chunk)]
+    return Render(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Render)})
+
+
+def batches(
+    generator: torch.Generator,
+    size: int = 128,
+    batch: int = 8,
+    split: str = "train",
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[list[Scene], Render]]:
+    """Sample and draw scenes without end: yields a list of `batch` scenes and their render."""
+    while True:
+        scenes = [Scene.sample(generator, split) for _ in range(batch)]
+        yield scenes, render(scenes, size, device)
+
+
+def compile() -> None:
+    """Compile the hot functions with torch.compile, for the whole process: about four times faster after the first minutes."""
+    torch._dynamo.config.recompile_limit = 64
+    trace.FIELD = torch.compile(trace.FIELD, dynamic=True)
+    trace.STEP = torch.compile(trace.STEP, dynamic=True)
+    trace.OCCLUSION = torch.compile(trace.OCCLUSION, dynamic=True)
+    global MATERIAL, SHADE
+    MATERIAL = torch.compile(MATERIAL, dynamic=True)
+    SHADE = torch.compile(SHADE, dynamic=True)
+
+
+MATERIAL, SHADE = material.material, light.shade
+
+
+def _render(scenes: list[Scene], size: int, device: str | torch.device) -> Render:
+    shrink = -(-SMALLEST // size)
+    full = size * shrink
+    a = anatomy(scenes, device)
+    layers, normals = _layers(a, scenes, full)
+    pictures, edges = [], []
+    for i, scene in enumerate(scenes):  # one by one: each has its own style and its own grain
+        one = styles.Layers(*(layer[i : i + 1] for layer in layers))
+        pictures.append(styles.PAINT[scene.style](one, torch.Generator().manual_seed(scene.seed)))
+        edges.append(styles.ink(one))
+    image = F.avg_pool2d(torch.cat(pictures), shrink) * 2 - 1
+    centre = slice(shrink // 2, None, shrink)
+    return Render(
+        image=image,
+        depth=layers.depth[..., centre, centre].contiguous(),
+        normals=normals[..., centre, centre].contiguous(),
+        parts=layers.part[..., centre, centre].to(torch.int64),
+        edges=F.avg_pool2d(torch.cat(edges), shrink),
+    )
+
+
+def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, Tensor]:
+    """All layers of a batch of scenes, and the normals [b, 3, size, size]."""
+    uv = trace.screen(size, a.phase.device)
+    origin, direction = trace.rays(a, uv)
+    stage = backdrop.stage(a, uv, origin, direction, size)
+    hits = trace.trace(a, size)
+    m = MATERIAL(a, hits.point, hits.normal, 2 * a.half_height / size)
+    openness, lit = trace.OCCLUSION(a, hits.point, hits.normal)
+    lights = light.shoulder(SHADE(a, hits, m, openness, lit))
+    arriving = ((hits.normal * a.light).sum(0).clamp(min=0) * 0.8 + 0.2) * (0.25 + 0.75 * lit) + 0.12 * m.glow
+
+    place = backdrop.paint(a, stage, [s.background for s in scenes])
+    near = material.smoothstep(-2.6, -1.4, stage.ground[2]) * (direction[1] < -0.01)
+    shadow = mix(1.0, trace.ground_shadow(a, stage.ground, size), near)
+    tint = place.new_tensor([0.092, 0.097, 0.106])[:, None, None]
+    shaded = place * (shadow + (1 - shadow) * tint)
+
+    def spread(values: Tensor, background: float | Tensor = 0.0) -> Tensor:
+        """Values of the hits [..., b, k] put at their pixels over a background, [..., b, n]."""
+        whole = torch.zeros(*values.shape[:-1], size * size, device=values.device) + background
+        return whole.scatter(-1, hits.index.expand(values.shape), values)
+
+    mask = spread(hits.coverage)
+    solid = mask > 0.5
+    far = backdrop.depth(stage)
+    distance = torch.where(solid, spread(hits.t), far)
+    whisker = trace.whiskers(a, uv, distance)
+    picture = mix(shaded, spread(lights), mask)
+    pale = torch.where(a.fur.mean(0) > 0.5, 0.25, 0.92)
+    picture = mix(picture, pale, 0.8 * whisker)
+    flakes = backdrop.snowflakes(a, stage) * a.phase.new_tensor([s.background == "snow" for s in scenes])[:, None]
+    picture = mix(picture, 1.0, flakes * (1 - mask))
+
+    def square(x: Tensor) -> Tensor:
+        x = x[None] if x.dim() == 2 else x
+        return x.transpose(0, 1).reshape(-1, len(x), size, size)
+
+    layers = styles.Layers(
+        picture=light.display(picture), albedo=light.display(spread(m.colour)), backdrop=light.display(mix(shaded, place, 0.5)),
+        mask=mask, depth=distance, part=spread(m.part) * solid, whiskers=whisker, light=spread(arriving), glow=spread(m.glow),
+    )  # fmt: skip
+    return styles.Layers(*map(square, layers)), square(spread(hits.normal) * solid)
