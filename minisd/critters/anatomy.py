@@ -17,11 +17,11 @@ from .scene import Scene
 GROUND = -1.30
 DISTANCE = 8.0  # from the camera to the plane z = 0
 
-# fur: base, light (muzzle, belly), dark (stripes, spots)
+# fur: base, light (muzzle, belly), marks (stripes, spots); marks are darker than the base, on black lighter
 FUR_COLOURS = {
     "orange": ("F0A04B", "FFE9C7", "C9692A"),
-    "black": ("38363F", "8A8794", "19181E"),
-    "white": ("F6F1E9", "FFFBF4", "B3AAA3"),
+    "black": ("33313A", "8A8794", "595662"),
+    "white": ("F6F1E9", "FFFBF4", "A59B94"),
     "gray": ("9C9EA6", "E8E8EC", "62656F"),
     "brown": ("8E5B3D", "E9CBA7", "54301F"),
     "cream": ("F2D6A6", "FFF4DF", "C6945A"),

@@ -37,7 +37,7 @@ def ink(x: Layers, width: float = 1.0) -> Tensor:
     fold = (8 * (fold - _box(fold, 1)).clamp(min=0) - 0.10).clamp(0, 1) * x.mask  # a jump in depth, seen from behind
     border = _step(x.part).clamp(max=1) * (x.part > 0)
     lines = torch.stack((_step(x.mask), fold, border)).amax(0)
-    wide = 2 * round(width * size / 400) + 1
+    wide = 2 * round(width * size / 600) + 1
     lines = _blur(F.max_pool2d(lines, wide, 1, wide // 2), max(0.5, width * size / 570))
     return torch.maximum(lines * min(1.6, 1.15 + 0.5 * width), 0.9 * x.whiskers).clamp(0, 1)
 
@@ -103,7 +103,10 @@ def pixel_art(x: Layers, generator: torch.Generator, pixel: int | None = None) -
     pixel = pixel or max(1, round(size / 43))
     cells = -(-size // pixel)
     small = _cells(x.picture, pixel, cells)
-    small = (small + 0.45 * (small - _box(small, 1))).clamp(0, 1)  # crisp eyes
+    eyes = _cells((x.part == PARTS.index("eyes")).float(), pixel, cells)
+    centres = x.picture[..., pixel // 2 :: pixel, pixel // 2 :: pixel]
+    small = mix(small, F.pad(centres, (0, cells - centres.shape[3], 0, cells - centres.shape[2])), 0.6 * eyes)
+    small = (small + 0.45 * (small - _box(small, 1))).clamp(0, 1)
     gray = _gray(small)
     small = gray + 1.12 * (small - gray)
     mask = (_cells(x.mask, pixel, cells) > 0.5).float()
