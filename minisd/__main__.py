@@ -1,0 +1,219 @@
+"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | train | info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from . import checks, samplers
+from . import image as images
+
+SAMPLERS = {
+    name: getattr(samplers, name)
+    for name in ("ddim", "ddpm", "dpmpp_2m", "euler", "euler_a", "heun", "lcm", "lms", "plms")
+}
+
+app = typer.Typer(
+    name="minisd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help='Stable Diffusion from scratch. Draw a picture: minisd "an orange cat on a beach"',
+)
+
+Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write; several are numbered.")]
+Negative = Annotated[str, typer.Option(help="What to steer away from.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and noted if left out.")]
+Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
+Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")]
+Sampler = Annotated[str, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")]
+Schedule = Annotated[str, typer.Option(help="Which noise levels to visit: karras, linspace, trailing, leading, ...")]
+Count = Annotated[int, typer.Option("--n", "-n", help="How many pictures, with seeds counting on.")]
+Model = Annotated[str | None, typer.Option(help="A model's folder, or the name of a bundled one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
+Strength = Annotated[float, typer.Option(help="0 keeps the picture, 1 forgets it.")]
+Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
+
+
+def _outputs(output: Path, n: int, force: bool) -> list[Path]:
+    """The file of each picture, checked before any work is done: out.png, or out-1.png, out-2.png ..."""
+    n = checks.integer("n", n, 1, 10_000)
+    paths = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, n + 1)]
+    return [images.check_output(path, force=force) for path in paths]
+
+
+def _save(pictures: object, paths: list[Path], force: bool) -> None:
+    for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
+        images.save(picture, path, picture.info, force=force)
+        typer.echo(f"{path.resolve()}  (seed {picture.info['seed']})")
+
+
+def _sampler(name: str):
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is unknown; choose one of: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    """ "128" or "128x192" (width x height)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise ValueError(f"size is {text!r}; write a side such as 128, or width x height such as 128x192")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+@app.command()
+def draw(
+    prompt: Prompt,
+    output: Output = Path("picture.png"),
+    negative: Negative = "",
+    seed: Seed = None,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    sampler: Sampler = "dpmpp_2m",
+    schedule: Schedule = "karras",
+    size: Annotated[str | None, typer.Option(help="A side, or width x height: 128, 128x192.")] = None,
+    n: Count = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Draw a picture from a prompt. (This is what `minisd "a prompt"` does.)"""
+    from .pipeline import load
+
+    paths = _outputs(output, n, force)
+    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
+    sd = load(model, device=device)
+    _save(sd(prompt, negative=negative, seed=seed, n=n, size=_size(size), **settings), paths, force)
+
+
+@app.command()
+def img2img(
+    prompt: Prompt,
+    picture: Picture,
+    output: Output = Path("picture.png"),
+    strength: Strength = 0.6,
+    negative: Negative = "",
+    seed: Seed = None,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    sampler: Sampler = "dpmpp_2m",
+    schedule: Schedule = "karras",
+    n: Count = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Redraw a picture towards a prompt."""
+    from .pipeline import load
+
+    paths = _outputs(output, n, force)
+    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
+    source = images.read(picture)
+    sd = load(model, device=device)
+    _save(sd.img2img(prompt, source, strength=strength, negative=negative, seed=seed, n=n, **settings), paths, force)
+
+
+@app.command()
+def inpaint(
+    prompt: Prompt,
+    picture: Picture,
+    mask: Annotated[Path, typer.Argument(help="White where the picture is redrawn.", show_default=False)],
+    output: Output = Path("picture.png"),
+    strength: Strength = 1.0,
+    negative: Negative = "",
+    seed: Seed = None,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    sampler: Sampler = "dpmpp_2m",
+    schedule: Schedule = "karras",
+    n: Count = 1,
+    model: Model = None,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Redraw the masked part of a picture."""
+    from .pipeline import load
+
+    paths = _outputs(output, n, force)
+    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
+    source, white = images.read(picture), images.read(mask, background="black")
+    sd = load(model, device=device)
+    _save(
+        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings), paths, force
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="vae, clip or unet, in this order.", show_default=False)],
+    folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
+    renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
+) -> None:
+    """Train a part of the bundled model; a run that was stopped goes on where it was. Under torchrun, on many devices."""
+    from .train.loop import start_processes
+    from .train.recipes import RECIPES, RENDERS, Workshop
+
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown; choose one of: {', '.join(RECIPES)}")
+    function, run = RECIPES[recipe]
+    if steps is not None:
+        run = dataclasses.replace(run, steps=checks.integer("steps", steps, 1, 10**9))
+    shop = Workshop(folder, start_processes(), checks.integer("renders", renders or RENDERS, 1, 10**9))
+    bar = tqdm(function(shop, run), total=run.steps, desc=recipe)
+    for record in bar:
+        bar.n = record.step - 1  # a resumed run starts further on
+        bar.set_postfix({"loss": f"{record.loss:.4f}", **{k: f"{v:.4f}" for k, v in record.parts.items()}}, refresh=False)
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A PNG, or a safetensors file.", show_default=False)]) -> None:
+    """Show a picture's settings, or what a file of weights holds."""
+    if file.suffix == ".safetensors":
+        from .files import read_tensors
+
+        tensors = read_tensors(file)
+        for name, tensor in tensors.items():
+            typer.echo(f"{name:60} {list(tensor.shape)!s:24} {str(tensor.dtype).removeprefix('torch.')}")
+        typer.echo(f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
+        return
+    settings = images.read_metadata(file)
+    if not settings:
+        typer.echo(f"{file} holds no settings")
+    for key, value in settings.items():
+        typer.echo(f"{key}: {_printable(value)}")
+
+
+def _printable(text: str) -> str:
+    """Control, ANSI and bidirectional characters escaped, so that a file can't play tricks on the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def main() -> None:
+    """Run the command line; a prompt in the place of a command draws it. Bad input ends with one line and status 2."""
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in commands | {"--help"}:
+        arguments.insert(0, "draw")
+    try:
+        app(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        typer.echo(f"minisd: {_printable(str(error))}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("minisd: stopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

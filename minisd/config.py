@@ -1,0 +1,113 @@
+"""Sizes of every network, as frozen dataclasses. A model is Stable Diffusion's architecture with the numbers of its config.
+
+The defaults are the published Stable Diffusion v1; the `CRITTERS_*` presets at the end are the bundled model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The noise predictor. One entry of `widths` and `attention` a resolution level, finest first."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
+    attention: tuple[bool, ...] = (True, True, True, False)
+    heads: int | None = 8  # a fixed number of heads (v1) ...
+    head_dim: int | None = None  # ... or a fixed width of each head (v2)
+    context_dim: int | None = 768  # None: no cross-attention, an unconditional model
+    groups: int = 32  # of every GroupNorm; keep at least 4 channels a group
+    linear_projection: bool = False  # v2 enters and leaves its transformers by Linear, v1 by 1x1 convolution
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder: each level but the last halves the picture, so three halvings make a factor of 8."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2  # residual blocks a level in the encoder; one more in the decoder
+    groups: int = 32
+    scaling: float = 0.18215  # latents are multiplied by it, so that their deviation is about 1
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side one latent cell stands for."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's text tower: a causal transformer over `places` tokens."""
+
+    vocabulary: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    places: int = 77
+    quick_gelu: bool = True  # x * sigmoid(1.702 x), as OpenAI trained; OpenCLIP uses the exact GELU
+    skip_last: int = 0  # transformer blocks left out at the end: 1 is v2's "penultimate layer"
+    pad: Literal["end", "zero"] = "end"  # v1 pads a short prompt with the end mark, v2 with token 0
+    projection: int | None = None  # width of the space shared with pictures; None where only the context is wanted
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """CLIP's image tower: a transformer over square patches of the picture."""
+
+    size: int = 128
+    patch: int = 16
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    quick_gelu: bool = True
+    projection: int = 128
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process: which betas, and how many steps."""
+
+    name: Literal["linear", "cosine", "scaled_linear"] = "scaled_linear"
+    steps: int = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything `StableDiffusion` needs to know to be built."""
+
+    name: str = "Stable Diffusion v1"
+    size: int = 512  # pixels a side it was trained at
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    guidance: float = 7.5  # used where none is asked for
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+SD1 = ModelConfig()
+
+CRITTERS_128 = ModelConfig(
+    name="critters-128",
+    size=128,
+    prediction="v",
+    guidance=4.0,
+    unet=UNetConfig(
+        widths=(64, 128, 192), blocks=1, attention=(True, True, True), heads=None, head_dim=32, context_dim=160, groups=16
+    ),
+    vae=VAEConfig(widths=(16, 32, 64, 128), blocks=1, groups=4, scaling=1.0),
+    text=TextConfig(vocabulary=1024, width=160, layers=4, heads=5, projection=128),
+)
+CRITTERS_IMAGE_TOWER = ImageTowerConfig()

@@ -1,0 +1,80 @@
+"""From a network's prediction to the clean picture: what every sampler calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .schedule import NoiseSchedule
+from .unet import UNet
+
+Prediction = Literal["eps", "v", "x0"]
+
+
+def to_x0(
+    prediction: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""], kind: Prediction
+) -> Float[Tensor, "b c h w"]:
+    """The clean sample that a network's prediction implies at `x = x0 + sigma * eps`.
+
+    `eps`: x0 = x - sigma eps. `v = sqrt(ab) eps - sqrt(1 - ab) x0` (Salimans & Ho 2022, appendix D):
+    x0 = ab x - sqrt(1 - ab) v, where ab = alpha_bar = 1 / (1 + sigma^2).
+    """
+    alpha_bar = 1 / (1 + sigma**2)
+    if kind == "eps":
+        return x - sigma * prediction
+    if kind == "v":
+        return alpha_bar * x - (1 - alpha_bar).sqrt() * prediction
+    return prediction
+
+
+def guide(
+    cond: Float[Tensor, "b c h w"], uncond: Float[Tensor, "b c h w"], guidance: float, rescale: float = 0.0
+) -> Float[Tensor, "b c h w"]:
+    """Classifier-free guidance, `uncond + w (cond - uncond)`: 0 ignores the prompt, 1 is plain, more exaggerates it.
+
+    (Ho & Salimans 2022, equation 6; their w is ours minus 1.) `rescale` pulls the result's deviation back towards that of
+    `cond`, wholly at 1 (Lin et al. 2024, equations 15 and 16).
+    """
+    guided = uncond + guidance * (cond - uncond)
+    if rescale:
+        ratio = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+        guided = guided * (rescale * ratio + 1 - rescale)
+    return guided
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """`denoise(x, sigma)`, the predicted clean sample, for given prompts: a network, its schedule, contexts and guidance.
+
+    `context` [b n d] is the encoded prompts, `negative` what to steer away from (the empty prompt by default); without it,
+    or at guidance 1, the network runs once a step, else once on a batch of both.
+    The network runs in its own dtype and device; the result comes back in those of `x`.
+    """
+
+    unet: UNet
+    schedule: NoiseSchedule
+    kind: Prediction
+    context: Float[Tensor, "b n d"] | None = None
+    negative: Float[Tensor, "b n d"] | None = None
+    guidance: float = 1.0
+    rescale: float = 0.0
+
+    def predict(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:
+        """The network's raw prediction, guided."""
+        weight = self.unet.conv_in.weight
+        x_t = (x / (1 + sigma**2).sqrt()).to(weight.device, weight.dtype)
+        t = self.schedule.t(sigma).to(weight.device, torch.float32).expand(len(x))
+        if self.negative is None or self.guidance == 1:
+            prediction = self.unet(x_t, t, self.context)
+        else:
+            context = torch.cat([self.negative, self.context])
+            uncond, cond = self.unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), context).to(x.dtype).chunk(2)
+            prediction = guide(cond, uncond, self.guidance, self.rescale)
+        return prediction.to(x.device, x.dtype)
+
+    def __call__(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:
+        return to_x0(self.predict(x, sigma), x, sigma, self.kind)

@@ -1,0 +1,148 @@
+"""The data of the recipes: renders cached on disk, and what each network sees of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..clip import TextTower
+from ..critters import Scene, caption, render
+from ..files import replacing
+from ..schedule import NoiseSchedule
+from ..tokenizer import Tokenizer
+from ..vae import VAE
+from .loop import Batch
+
+CHUNK = 80  # renders a file
+EYES = 3  # the label of eyes in the part masks
+EYE_WEIGHT = 8.0  # how much more an error counts in the eyes, which are small and looked at first
+
+
+class Renders:
+    """`count` random training scenes of `size` pixels, rendered once and kept in `folder` in files of eighty.
+
+    Rendering goes on where it stopped. Sample number i is the same on every machine up to rounding: its scene comes from
+    a generator seeded by its file's number.
+    """
+
+    def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{size}-{seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
+        for i, path in enumerate(tqdm(files, desc=f"rendering at {size}", unit_scale=CHUNK, unit="picture")):
+            if not path.exists():
+                self._render(path, size, torch.Generator().manual_seed(seed * 1_000_003 + i), device)
+        self.images = np.empty((count, 3, size, size), np.uint8)
+        self.eyes = np.empty((count, 1, size, size), bool)
+        self.scenes: list[Scene] = []
+        for i, path in enumerate(files):
+            part = slice(i * CHUNK, min((i + 1) * CHUNK, count))
+            with np.load(path) as stored:
+                self.images[part] = stored["images"][: part.stop - part.start]
+                self.eyes[part] = stored["eyes"][: part.stop - part.start]
+                self.scenes += [Scene(**s) for s in json.loads(str(stored["scenes"]))[: part.stop - part.start]]
+
+    @staticmethod
+    def _render(path: Path, size: int, generator: torch.Generator, device: str | torch.device) -> None:
+        scenes = [Scene.sample(generator) for _ in range(CHUNK)]
+        result = render(scenes, size, device=device)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                images=((result.image + 1) * 127.5).round().byte().cpu().numpy(),
+                eyes=(result.parts == EYES).cpu().numpy(),
+                scenes=json.dumps([asdict(s) for s in scenes]),
+            )
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pictures(self, indices: Tensor) -> Tensor:
+        """Pictures in [-1, 1]."""
+        return torch.from_numpy(self.images[indices.numpy()]).float() / 127.5 - 1
+
+
+class Pictures:
+    """What the autoencoder sees: pictures, mirrored half of the time, and how much each pixel matters."""
+
+    def __init__(self, renders: Renders, latent: tuple[int, int, int]):
+        self.renders, self.latent = renders, latent
+
+    def __len__(self) -> int:
+        return len(self.renders)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        image = self.renders.pictures(indices)
+        eyes = torch.from_numpy(self.renders.eyes[indices.numpy()]).float()
+        mirrored = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+        return {
+            "image": torch.where(mirrored, image.flip(3), image),
+            "weight": 1 + (EYE_WEIGHT - 1) * torch.where(mirrored, eyes.flip(3), eyes),
+            "noise": torch.randn(len(indices), *self.latent, generator=generator),
+        }
+
+
+class Captioned:
+    """What the mini CLIP sees: pictures and a fresh caption of each."""
+
+    def __init__(self, renders: Renders, tokenizer: Tokenizer):
+        self.renders, self.tokenizer = renders, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.renders)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        captions = [caption(self.renders.scenes[i], generator) for i in indices.tolist()]
+        return {"image": self.renders.pictures(indices), "ids": self.tokenizer(captions)}
+
+
+class Latents:
+    """What the U-Net sees: a noised latent, its time and its caption's context; the target is v.
+
+    Each picture is encoded once, as a Gaussian that every visit samples anew. One caption in ten is dropped (left
+    empty), which is what makes classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
+    """
+
+    DROPPED = 0.1
+
+    def __init__(
+        self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule, share: int = 64
+    ):
+        self.renders, self.text, self.tokenizer = renders, text.eval(), tokenizer
+        self.scaling, self.device = vae.config.scaling, next(vae.parameters()).device
+        self.alpha_bar = schedule.alpha_bar.float()
+        means, deviations = [], []
+        with torch.no_grad():
+            for indices in tqdm(torch.arange(len(renders)).split(share), desc="encoding", unit_scale=share, unit="picture"):
+                posterior = vae.posterior(renders.pictures(indices).to(self.device))
+                means.append(posterior.mean.cpu())
+                deviations.append((posterior.logvar / 2).exp().cpu())
+        self.mean, self.deviation = torch.cat(means), torch.cat(deviations)
+
+    def __len__(self) -> int:
+        return len(self.renders)
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        count, shape = len(indices), self.mean.shape[1:]
+        keep = torch.rand(count, generator=generator) >= self.DROPPED
+        captions = [caption(self.renders.scenes[i], generator) for i in indices.tolist()]
+        ids = self.tokenizer([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
+        context = self.text(ids.to(self.device))
+
+        noise = torch.randn(count, *shape, generator=generator)
+        x0 = self.scaling * (self.mean[indices] + self.deviation[indices] * noise)
+        t = torch.randint(len(self.alpha_bar), (count,), generator=generator)
+        eps = torch.randn(count, *shape, generator=generator)
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return {
+            "x_t": alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps,
+            "target": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0,
+            "t": t,
+            "context": context,
+        }

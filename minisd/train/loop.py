@@ -1,0 +1,207 @@
+"""The training loop: a generator that yields a record a step; the caller owns logging, plots and stopping.
+
+All randomness of a step comes from a generator seeded by the run's seed and the step's number, and is drawn for the whole
+batch before it is shared out among processes. So a run is a pure function of its config: resuming needs no random
+state, and two processes see exactly the samples, times and noises that one would.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..files import CheckpointError, replacing
+
+LENGTH = ("steps", "cooldown")  # the settings that may change when a run goes on: it may become longer or shorter
+
+Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Data(Protocol):
+    """What a run learns from: a number of samples, and a way to make a batch of some of them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        """The samples at `indices`, with everything random (noise, times, dropped captions) drawn from `generator`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how fast to learn."""
+
+    steps: int
+    batch: int
+    rate: float = 1e-3  # AdamW's learning rate at its highest
+    warmup: int = 200  # steps of rising rate at the start
+    cooldown: float = 0.3  # share of the run, at its end, over which the rate falls to zero
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0  # greatest norm of the gradient
+    ema: float = 0.999  # of the moving average of the weights that is the result
+    seed: int = 0
+    half: bool = False  # forward and backward in bfloat16; weights, averages and optimizer stay in float32
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step: its number (from 1), its loss, learning rate, the norm of its gradient, and the parts of its loss."""
+
+    step: int
+    loss: float
+    rate: float
+    gradient: float
+    parts: dict[str, float]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear rise over `warmup` steps, level, then linear fall to zero over the last `cooldown` of the run."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    fall = min(1.0, (config.steps - step) / max(1.0, config.cooldown * config.steps))
+    return config.rate * rise * fall
+
+
+def batch_indices(config: TrainConfig, step: int, samples: int) -> Tensor:
+    """Which samples step number `step` sees: every epoch is a fresh permutation of all of them."""
+    positions = torch.arange(step * config.batch, (step + 1) * config.batch)
+    epochs = positions // samples
+    order = {
+        int(e): torch.randperm(samples, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + int(e)))
+        for e in epochs.unique()
+    }
+    return torch.stack([order[int(e)][p % samples] for e, p in zip(epochs, positions, strict=True)])
+
+
+def step_generator(config: TrainConfig, step: int) -> torch.Generator:
+    """The source of everything random in one step."""
+    return torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
+
+
+class Averaged:
+    """An exponential moving average of a module's weights, with a shorter memory in the first steps."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
+
+
+def save_checkpoint(path: Path, state: dict[str, object]) -> None:
+    """Write a checkpoint whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def fit(
+    module: nn.Module,
+    loss: Loss,
+    data: Data,
+    config: TrainConfig,
+    checkpoint: Path | None = None,
+    every: int = 500,
+    resume: bool = True,
+) -> Iterator[Record]:
+    """Train `module` in place by AdamW, yielding a record after each step; at the end it holds the averaged weights.
+
+    Where `checkpoint` exists the run goes on from it, bit for bit as if it had never stopped; it is written every `every`
+    steps and at the end. Under torchrun each process takes its share of every batch and gradients are averaged.
+
+    Raises ValueError for an empty data set, CheckpointError for a checkpoint of another run, and FloatingPointError when
+    the loss is no longer finite: the last good checkpoint stays.
+    """
+    if len(data) == 0:
+        raise ValueError("the data set is empty: there is nothing to train on")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.batch % ranks:
+        raise ValueError(f"a batch of {config.batch} can't be shared evenly among {ranks} processes")
+    device = next(module.parameters()).device
+    average = Averaged(module, config.ema)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), config.rate, config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    first = 0
+    if resume and checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if differing := [k for k, v in vars(config).items() if k not in LENGTH and state["config"][k] != v]:
+            raise CheckpointError(
+                f"{checkpoint} is of another run: {', '.join(differing)} differ; use its settings, or another folder"
+            )
+        module.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    module.train()
+    for step in range(first, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        batch = data.batch(batch_indices(config, step, len(data)), step_generator(config, step))
+        batch = {name: tensor[rank::ranks].to(device, non_blocking=True) for name, tensor in batch.items()}
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16) if config.half else nullcontext():
+            value, parts = loss(module, batch)
+        value.backward()
+        if ranks > 1:
+            value = average_gradients(module, value, ranks)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss at step {step + 1} is {value.item()}; the last checkpoint is intact")
+        optimizer.step()
+        average.update(module, step)
+        last = step + 1 == config.steps
+        if checkpoint is not None and rank == 0 and (last or (step + 1) % every == 0):
+            save_checkpoint(
+                checkpoint,
+                {
+                    "config": vars(config),
+                    "step": step + 1,
+                    "model": module.state_dict(),
+                    "average": average.module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                },
+            )
+        yield Record(
+            step + 1, value.item(), learning_rate(config, step), norm.item(), {k: v.item() for k, v in parts.items()}
+        )
+    module.load_state_dict(average.module.state_dict())
+    module.eval()
+
+
+def average_gradients(module: nn.Module, loss: Tensor, ranks: int) -> Tensor:
+    """Mean of gradients and loss over all processes: with equal shares, those of the whole batch."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [loss.detach().reshape(1)])
+    dist.all_reduce(flat)
+    flat /= ranks
+    for gradient, averaged in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+    return flat[-1]
+
+
+def start_processes() -> torch.device:
+    """Join the other processes when started by torchrun; the device this process trains on."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return torch.device("cuda" if cuda else "cpu")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

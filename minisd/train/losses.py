@@ -1,0 +1,55 @@
+"""What each network is asked to make small. A loss takes the module and a batch and draws nothing: the batch holds it all."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..clip import CLIP
+from ..unet import UNet
+from ..vae import VAE
+from .loop import Batch
+
+KL_WEIGHT = 1e-4  # of the divergence per latent number, against errors per pixel
+
+
+def edges(x: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
+    """Differences between neighbouring pixels, down and across."""
+    return x.diff(dim=2), x.diff(dim=3)
+
+
+def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Absolute and edge error of the reconstruction, weighted a pixel, plus a little divergence (Kingma & Welling, eq. 7).
+
+    Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes), `noise` as the
+    latent.
+    """
+    image, weight = batch["image"], batch["weight"]
+    posterior = vae.posterior(image)
+    error = vae.reconstruct(posterior.sample(batch["noise"])).float() - image
+    pixel = (weight * (error.abs() + 0.5 * error**2)).mean()
+    edge = sum(d.abs().mean() for d in edges(error * weight))
+    kl = posterior.kl().mean() / batch["noise"][0].numel()
+    return pixel + edge + KL_WEIGHT * kl, {"pixel": pixel.detach(), "edge": edge.detach(), "kl": kl.detach()}
+
+
+def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of finding each picture's caption and each caption's picture in the batch (Radford et al. 2021, fig. 3).
+
+    Batch: `image` [b 3 h w], `ids` [b n].
+    """
+    similarity = clip.similarity(batch["image"], batch["ids"]).float()
+    own = torch.arange(len(similarity), device=similarity.device)
+    loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    return loss, {"accuracy": (similarity.argmax(dim=1) == own).float().mean()}
+
+
+def diffusion_loss(unet: UNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the prediction (Ho et al. 2020, eq. 14; with the target v: Salimans & Ho 2022, appendix D).
+
+    Batch: `x_t` [b c h w], `t` [b], `context` [b n d], `target` as x_t.
+    """
+    prediction = unet(batch["x_t"], batch["t"], batch["context"]).float()
+    return F.mse_loss(prediction, batch["target"]), {}
