@@ -112,7 +112,7 @@ def encoded(kind):
         pytest.param(b"<!DOCTYPE html><html></html>", "not a picture", id="web page"),
         pytest.param(encoded("PNG")[:3000], "truncated", id="truncated PNG"),
         pytest.param(encoded("JPEG")[:1000], "truncated", id="truncated JPEG"),
-        pytest.param(encoded("PNG")[:30], "", id="PNG header only"),
+        pytest.param(encoded("PNG")[:30], "not a picture", id="PNG header only"),
         pytest.param(png(9_500, 9_500), "90250000|90,250,000|9500 x 9500", id="90 megapixels"),
         pytest.param(png(60_000, 60_000), "bomb", id="3600 megapixels"),
     ],
