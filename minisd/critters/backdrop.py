@@ -13,7 +13,7 @@ from .material import noise
 
 
 class Stage(NamedTuple):
-    """Where each pixel looks: screen u, v; points of the ground [3, b, n] and the way there t; how high the horizon is."""
+    """Where each pixel looks: screen u, v; its point of the ground [3, b, n] and the way there; the horizon's height."""
 
     u: Tensor
     v: Tensor

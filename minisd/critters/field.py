@@ -1,7 +1,7 @@
 """The critter as a signed distance field: how far is a point from the surface of each part?
 
-Points are [3, b, n]: b scenes, n points each; distances [b, n]. Parts are joined by a smooth minimum, which is what makes
-a cheek grow out of a skull. Left and right are one: points are folded onto the right side first.
+Points are [3, b, n]: b scenes, n points each; distances [b, n]. Parts are joined by a smooth minimum, which is what
+makes a cheek grow out of a skull. Left and right are one: points are folded onto the right side first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
+from .fuse import hot
 
 ABSENT = 9.0  # added to the distance of an accessory that is not worn
 
@@ -113,6 +114,7 @@ def distances(a: Anatomy, p: Tensor) -> Distances:
     )  # fmt: skip
 
 
+@hot
 def field(a: Anatomy, p: Tensor) -> Tensor:
     """Signed distance from points [3, b, n] to the critter, [b, n]: negative inside."""
     d = distances(a, p)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep
+from .fuse import hot
 
 PARTS = ("background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag")
 
@@ -22,8 +23,12 @@ class Material(NamedTuple):
     glow: Tensor
 
 
+@hot
 def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
-    """Colour the points p [3, b, n] with normals n; `pixel` [b, 1] is a pixel's width, over which borders are softened."""
+    """Colour the points p [3, b, n] with normals n.
+
+    `pixel` [b, 1] is the width of a pixel, over which borders are softened.
+    """
     d = distances(a, p)
     on_head = smoothstep(0.03, -0.03, d.head - d.body)
     facing = into(a.head_axes, into(a.body_axes, n))[2]
@@ -77,8 +82,8 @@ def _fur(a: Anatomy, d: Distances, on_head: Tensor, facing: Tensor) -> Tensor:
     on_ears = smoothstep(0.02, -0.03, d.ears - d.skull) * on_head
     on_legs = smoothstep(0.03, -0.02, d.legs - d.torso)
     on_tail = smoothstep(0.06, 0.0, d.tail)
-    fur = mix(a.fur, a.fur_dark, 0.88 * a.striped * _stripes(a, d, on_head, on_legs, on_tail))
-    fur = mix(fur, a.fur_dark, a.spotted * _spots(a, head, body, on_head, on_ears))
+    fur = mix(a.fur, a.fur_marks, 0.88 * a.striped * _stripes(a, d, on_head, on_legs, on_tail))
+    fur = mix(fur, a.fur_marks, a.spotted * _spots(a, head, body, on_head, on_ears))
     fur = mix(fur, 0.72 * a.fur, 0.8 * on_ears * (1 - a.cat) * (1 - a.spotted))
     fur = mix(fur, a.fur_light, 0.92 * on_muzzle)
     white = fur.new_tensor([0.88, 0.86, 0.83])[:, None, None]

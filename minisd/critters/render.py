@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import backdrop, light, material, styles, trace
+from . import backdrop, camera, light, material, styles, trace
 from .anatomy import Anatomy, anatomy
 from .field import mix
 from .scene import Scene
@@ -62,20 +62,6 @@ def batches(
         yield scenes, render(scenes, size, device)
 
 
-def compile() -> None:
-    """Compile the hot functions with torch.compile, for the whole process: about four times faster after the first minutes."""
-    torch._dynamo.config.recompile_limit = 64
-    trace.FIELD = torch.compile(trace.FIELD, dynamic=True)
-    trace.STEP = torch.compile(trace.STEP, dynamic=True)
-    trace.OCCLUSION = torch.compile(trace.OCCLUSION, dynamic=True)
-    global MATERIAL, SHADE
-    MATERIAL = torch.compile(MATERIAL, dynamic=True)
-    SHADE = torch.compile(SHADE, dynamic=True)
-
-
-MATERIAL, SHADE = material.material, light.shade
-
-
 def _render(scenes: list[Scene], size: int, device: str | torch.device) -> Render:
     shrink = -(-SMALLEST // size)
     full = size * shrink
@@ -99,18 +85,18 @@ def _render(scenes: list[Scene], size: int, device: str | torch.device) -> Rende
 
 def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, Tensor]:
     """All layers of a batch of scenes, and the normals [b, 3, size, size]."""
-    uv = trace.screen(size, a.phase.device)
-    origin, direction = trace.rays(a, uv)
+    uv = camera.screen(size, a.phase.device)
+    origin, direction = camera.rays(a, uv)
     stage = backdrop.stage(a, uv, origin, direction, size)
     hits = trace.trace(a, size)
-    m = MATERIAL(a, hits.point, hits.normal, 2 * a.half_height / size)
-    openness, lit = trace.OCCLUSION(a, hits.point, hits.normal)
-    lights = light.shoulder(SHADE(a, hits, m, openness, lit))
+    m = material.material(a, hits.point, hits.normal, 2 * a.half_height / size)
+    openness, lit = light.occlusion(a, hits.point, hits.normal)
+    lights = light.shoulder(light.shade(a, hits, m, openness, lit))
     arriving = ((hits.normal * a.light).sum(0).clamp(min=0) * 0.8 + 0.2) * (0.25 + 0.75 * lit) + 0.12 * m.glow
 
     place = backdrop.paint(a, stage, [s.background for s in scenes])
     near = material.smoothstep(-2.6, -1.4, stage.ground[2]) * (direction[1] < -0.01)
-    shadow = mix(1.0, trace.ground_shadow(a, stage.ground, size), near)
+    shadow = mix(1.0, light.ground_shadow(a, stage.ground, size), near)
     tint = place.new_tensor([0.092, 0.097, 0.106])[:, None, None]
     shaded = place * (shadow + (1 - shadow) * tint)
 
@@ -123,7 +109,7 @@ def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, 
     solid = mask > 0.5
     far = backdrop.depth(stage)
     distance = torch.where(solid, spread(hits.t), far)
-    whisker = trace.whiskers(a, uv, distance)
+    whisker = camera.whiskers(a, uv, distance)
     picture = mix(shaded, spread(lights), mask)
     pale = torch.where(a.fur.mean(0) > 0.5, 0.25, 0.92)
     picture = mix(picture, pale, 0.8 * whisker)
@@ -135,7 +121,8 @@ def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, 
         return x.transpose(0, 1).reshape(-1, len(x), size, size)
 
     layers = styles.Layers(
-        picture=light.display(picture), albedo=light.display(spread(m.colour)), backdrop=light.display(mix(shaded, place, 0.5)),
-        mask=mask, depth=distance, part=spread(m.part) * solid, whiskers=whisker, light=spread(arriving), glow=spread(m.glow),
+        picture=light.display(picture), albedo=light.display(spread(m.colour)),
+        backdrop=light.display(mix(shaded, place, 0.5)), mask=mask, depth=distance, part=spread(m.part) * solid,
+        whiskers=whisker, light=spread(arriving), glow=spread(m.glow),
     )  # fmt: skip
     return styles.Layers(*map(square, layers)), square(spread(hits.normal) * solid)

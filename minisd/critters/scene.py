@@ -81,8 +81,8 @@ class Scene:
     def held_out(self) -> bool:
         """Whether this combination of species, fur, eyes, background and style is kept out of training (one in twenty).
 
-        The rule reads the SHA-1 of the five words as a number and asks whether 20 divides it, so it is the same in every
-        process and on every machine. Every word is seen in training, but not in every company: to draw a held-out
+        The rule reads the SHA-1 of the five words as a number and asks whether 20 divides it, so it is the same in
+        every process and on every machine. Every word is seen in training, but not in every company: to draw a held-out
         combination takes composition, not memory.
         """
         combination = f"{self.species} {self.fur} {self.eyes} {self.background} {self.style}"

@@ -1,4 +1,4 @@
-"""Five ways to paint the same scene, from the render's layers: 3d render, cartoon, pencil sketch, watercolor, pixel art.
+"""Five ways to paint a scene from its layers: 3d render, cartoon, pencil sketch, watercolor, pixel art.
 
 Each style takes the `Layers` of one scene and a generator for its grain, and gives display values [1, 3, h, w] in 0..1.
 Lengths are shares of the picture's height, so a style looks alike at every size.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .field import mix, smoothstep
+from .field import mix
 from .material import PARTS
 
 
@@ -97,10 +97,10 @@ def watercolor(x: Layers, generator: torch.Generator) -> Tensor:
     return mix(paint, paper, torch.sigmoid(30 * (rim - 0.96))).clamp(0, 1)
 
 
-def pixel_art(x: Layers, generator: torch.Generator, pixel: int | None = None) -> Tensor:
+def pixel_art(x: Layers, generator: torch.Generator) -> Tensor:
     """Some 43 x 43 large pixels in few colours, with a dark outline."""
     size = x.picture.shape[-1]
-    pixel = pixel or max(1, round(size / 43))
+    pixel = max(1, round(size / 43))
     cells = -(-size // pixel)
     small = _cells(x.picture, pixel, cells)
     eyes = _cells((x.part == PARTS.index("eyes")).float(), pixel, cells)
@@ -180,7 +180,7 @@ def _bent(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _calm(x: Tensor, radius: int) -> Tensor:
-    """Kuwahara's filter: every pixel takes the mean of the calmest of four windows beside it, so washes stay flat and edges sharp."""
+    """Kuwahara's filter: every pixel takes the mean of the calmest of four windows beside it, so edges stay sharp."""
     mean = _box(x, radius)
     variance = (_box(x * x, radius) - mean * mean).sum(1, keepdim=True)
     shifts = [(dy, dx) for dy in (-radius, radius) for dx in (-radius, radius)]
