@@ -110,7 +110,7 @@ def picture(t, word="a"):
 
 
 def test_a_strip_runs_along_the_first_slider():
-    row = strip(picture, stills=3, t=range(0, 201), word=["a", "b"])
+    row = strip(picture, stills=3, t=range(201), word=["a", "b"])
     assert row.size == (20 * 3 + 4 * 2, 10 + 22)
     assert [row.getpixel((x, 27)) for x in (10, 34, 58)] == [(0, 0, 0), (100, 0, 0), (200, 0, 0)]
     assert np.asarray(row.convert("L"))[:22].min() < 128  # captions
