@@ -13,7 +13,7 @@ from .material import noise
 
 
 class Stage(NamedTuple):
-    """Where each pixel looks: screen u, v; its point of the ground [3, b, n] and the way there; the horizon's height."""
+    """Where each pixel looks: screen u, v; its point of the ground [3, b, n] and the way there; the horizon."""
 
     u: Tensor
     v: Tensor

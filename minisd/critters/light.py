@@ -13,7 +13,6 @@ from .material import Material
 from .trace import Hits
 
 
-@hot
 def occlusion(a: Anatomy, p: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """How open a point is to the sky, and how much of the key light reaches it: two [b, n] in 0..1.
 

@@ -131,7 +131,6 @@ def _step(
     return torch.where((distance < close) | (t > FAR), t, t + distance * caution), nearest, closest
 
 
-@hot
 def normal(a: Anatomy, p: Tensor, reach: float = 0.004) -> Tensor:
     """The unit gradient of the distance field, from four evaluations at the corners of a tetrahedron."""
     corners = p.new_tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])[..., None, None]
