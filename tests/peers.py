@@ -1,0 +1,140 @@
+"""The same networks by another hand: diffusers and transformers models that hold the weights of ours.
+
+Each function builds the peer of one of our modules from its config and copies the weights across by name, strictly.
+"""
+
+import re
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+ATTENTION = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".out.": ".to_out.0."}
+RESIDUAL = {".time.": ".time_emb_proj.", ".shortcut.": ".conv_shortcut."}
+TRANSFORMER = {
+    ".block.": ".transformer_blocks.0.",
+    ".self_attention.": ".attn1.",
+    ".cross_attention.": ".attn2.",
+    ".feed_forward.proj_in.": ".ff.net.0.proj.",
+    ".feed_forward.proj_out.": ".ff.net.2.",
+}
+
+
+def renamed(name, table):
+    for ours, theirs in table.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def randomise(module, seed=0):
+    """Every weight random, so that nothing is hidden behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            spread = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.1 * spread if "norm" in name and name.endswith("weight") else 0.1 * spread)
+    return module.eval().requires_grad_(False)
+
+
+def strict_copy(peer, tensors):
+    own = peer.state_dict()
+    assert set(own) == set(tensors), sorted(set(own) ^ set(tensors))[:10]
+    peer.load_state_dict(tensors)
+    return peer.eval().requires_grad_(False)
+
+
+def unet_peer(unet):
+    """diffusers' U-Net with our weights."""
+    c = unet.config
+    levels = range(len(c.widths))
+    peer = UNet2DConditionModel(
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        block_out_channels=c.widths,
+        layers_per_block=c.blocks,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c.attention)],
+        cross_attention_dim=c.context_dim,
+        attention_head_dim=c.heads or [w // c.head_dim for w in c.widths],  # the name is diffusers' mistake: a count
+        norm_num_groups=c.groups,
+        use_linear_projection=c.linear_projection,
+    )
+    rungs = {"conv_in": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    rungs |= {"norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    rungs |= {"middle.0.residual": "mid_block.resnets.0", "middle.0.transformer": "mid_block.attentions.0"}
+    rungs |= {"middle.1.residual": "mid_block.resnets.1"}
+    for way, blocks, resampled in (("down", c.blocks, "downsamplers"), ("up", c.blocks + 1, "upsamplers")):
+        i = 0
+        for level in levels:
+            for block in range(blocks):
+                rungs[f"{way}.{i}.residual"] = f"{way}_blocks.{level}.resnets.{block}"
+                rungs[f"{way}.{i}.transformer"] = f"{way}_blocks.{level}.attentions.{block}"
+                i += 1
+            rungs[f"{way}.{i}"] = f"{way}_blocks.{level}.{resampled}.0"
+            i += level < len(c.widths) - 1
+
+    tensors = {}
+    for name, tensor in unet.state_dict().items():
+        rung = max((r for r in rungs if name.startswith(r + ".")), key=len)
+        theirs = rungs[rung] + renamed(name[len(rung) :], TRANSFORMER | ATTENTION | RESIDUAL)
+        tensors[theirs] = tensor
+    return strict_copy(peer, tensors)
+
+
+def vae_peer(vae):
+    """diffusers' autoencoder with our weights."""
+    c = vae.config
+    levels = len(c.widths)
+    peer = AutoencoderKL(
+        block_out_channels=c.widths,
+        layers_per_block=c.blocks,
+        latent_channels=c.latent_channels,
+        norm_num_groups=c.groups,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
+    rungs = {"quant": "quant_conv", "post_quant": "post_quant_conv"}
+    for half, blocks, way in (("encoder", c.blocks, "down"), ("decoder", c.blocks + 1, "up")):
+        rungs |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
+        rungs |= {f"{half}.norm_out": f"{half}.conv_norm_out"}
+        rungs |= {f"{half}.middle.{i}": f"{half}.mid_block.{n}" for i, n in ((0, "resnets.0"), (2, "resnets.1"))}
+        rungs |= {f"{half}.middle.1.norm": f"{half}.mid_block.attentions.0.group_norm"}
+        rungs |= {f"{half}.middle.1.attention": f"{half}.mid_block.attentions.0"}
+        i = 0
+        for level in range(levels):
+            for block in range(blocks):
+                rungs[f"{half}.{way}.{i}"] = f"{half}.{way}_blocks.{level}.resnets.{block}"
+                i += 1
+            if level < levels - 1:
+                rungs[f"{half}.{way}.{i}"] = f"{half}.{way}_blocks.{level}.{way}samplers.0"
+                i += 1
+
+    tensors = {}
+    for name, tensor in vae.state_dict().items():
+        rung = max((r for r in rungs if name.startswith(r + ".")), key=len)
+        tensors[rungs[rung] + renamed(name[len(rung) :], ATTENTION | RESIDUAL)] = tensor
+    return strict_copy(peer, tensors)
+
+
+def text_peer(text):
+    """transformers' CLIP text model with our weights."""
+    c = text.config
+    peer = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=c.vocabulary,
+            hidden_size=c.width,
+            intermediate_size=4 * c.width,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            max_position_embeddings=c.places,
+            hidden_act="quick_gelu" if c.quick_gelu else "gelu",
+        )
+    )
+    table = {
+        "attention.q.": "self_attn.q_proj.", "attention.k.": "self_attn.k_proj.", "attention.v.": "self_attn.v_proj.",
+        "attention.out.": "self_attn.out_proj.", "norm1": "layer_norm1", "norm2": "layer_norm2",
+        "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2", "blocks.": "encoder.layers.", "final_norm": "final_layer_norm",
+        "token_embedding": "embeddings.token_embedding", "position_embedding": "embeddings.position_embedding",
+    }  # fmt: skip
+    prefix = re.match(r"(text_model\.)?", next(iter(peer.state_dict()))).group()
+    return strict_copy(peer, {prefix + renamed(n, table): t for n, t in text.state_dict().items() if "projection" not in n})

@@ -1,0 +1,136 @@
+"""The training loop: a run is a function of its config, whether stopped and resumed or shared among processes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minisd.files import CheckpointError
+from minisd.train import TrainConfig, fit
+from minisd.train.loop import batch_indices, learning_rate, step_generator
+
+RUN = TrainConfig(steps=12, batch=8, rate=0.01, warmup=3, ema=0.9)
+
+
+class Line:
+    """Points of a noisy line; every visit adds fresh noise."""
+
+    def __init__(self, samples=40):
+        self.x = torch.randn(samples, 3, generator=torch.Generator().manual_seed(7))
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices, generator):
+        x = self.x[indices]
+        y = x.sum(1, keepdim=True) + 0.1 * torch.randn(len(x), 1, generator=generator)
+        return {"x": x, "y": y}
+
+
+def square_error(module, batch):
+    return F.mse_loss(module(batch["x"]), batch["y"]), {}
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+
+
+def test_learns_and_ends_with_the_averaged_weights():
+    config = dataclasses.replace(RUN, steps=300)
+    module, losses = network(), []
+    for record in fit(module, square_error, Line(), config):
+        losses.append(record.loss)
+        last = [p.detach().clone() for p in module.parameters()]
+    assert sum(losses[-20:]) / 20 < 0.1 * losses[0]
+    assert not any(torch.equal(a, b) for a, b in zip(last, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_resume_is_bit_equal_in_every_part(tmp_path, stop):
+    whole, halves = network(), network()
+    records = list(fit(whole, square_error, Line(), RUN, tmp_path / "whole.pt"))
+    run = fit(halves, square_error, Line(), RUN, tmp_path / "halves.pt", every=1)
+    first = [next(run) for _ in range(stop)]
+    run.close()
+    torch.manual_seed(stop)  # the state of the global generator must not matter
+    resumed = network()
+    second = list(fit(resumed, square_error, Line(), RUN, tmp_path / "halves.pt"))
+    assert first + second == records
+    a, b = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "halves"))
+    for part in ("model", "average"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in state)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_data_order_and_randomness_depend_on_the_step_alone():
+    order = torch.cat([batch_indices(RUN, step, 20) for step in range(5)])
+    assert sorted(order[:20].tolist()) == sorted(order[20:].tolist()) == list(range(20))
+    assert order[:20].tolist() != order[20:].tolist()
+    draws = [torch.randn(4, generator=step_generator(RUN, step)) for step in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = TrainConfig(steps=100, batch=1, rate=1.0, warmup=10, cooldown=0.2)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == 0.1
+    assert rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+
+
+def test_empty_data_and_foreign_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data set is empty"):
+        next(fit(network(), square_error, Line(0), RUN))
+    list(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))
+    with pytest.raises(CheckpointError, match="batch"):
+        next(fit(network(), square_error, Line(), dataclasses.replace(RUN, batch=4), tmp_path / "run.pt"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    def breaks(module, batch):
+        value, parts = square_error(module, batch)
+        breaks.calls += 1
+        return (value * float("nan") if breaks.calls == 6 else value), parts
+
+    breaks.calls = 0
+    with pytest.raises(FloatingPointError, match="step 6"):
+        list(fit(network(), breaks, Line(), RUN, tmp_path / "run.pt", every=1))
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_two_processes_equal_one(tmp_path):
+    """torchrun with two processes: the same losses and weights as one, but for the order of sums."""
+    whole = network()
+    records = list(fit(whole, square_error, Line(), RUN))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import torch\n"
+        "from test_train import RUN, Line, fit, network, square_error\n"
+        "from minisd.train.loop import start_processes\n"
+        "start_processes()\n"
+        "module = network()\n"
+        "losses = [r.loss for r in fit(module, square_error, Line(), RUN)]\n"
+        f"torch.save((losses, module.state_dict()), r'{tmp_path}/' + str(torch.distributed.get_rank()) + '.pt')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for rank in (0, 1):
+        losses, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert losses == pytest.approx([r.loss for r in records], rel=1e-5)
+        for name, weight in whole.state_dict().items():
+            assert torch.allclose(weight, state[name], rtol=1e-5, atol=1e-6)
