@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .checks import integer
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -128,11 +130,10 @@ def plan(
     Raises a ValueError for steps that are no whole number from 1 to T (to 50 for "lcm"), and for an unknown spacing.
     """
     if spacing not in TIMESTEPS and spacing not in SIGMAS:
-        raise ValueError(f"spacing={spacing!r} is unknown: choose one of {', '.join([*TIMESTEPS, *SIGMAS])}")
+        raise ValueError(f"spacing is {spacing!r}; it must be one of {', '.join([*TIMESTEPS, *SIGMAS])}")
     T = len(schedule.betas)
     most = (LCM_STEPS if spacing == "lcm" else T) - drop_penultimate
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= most:
-        raise ValueError(f"steps={steps!r}: a {spacing} run needs a whole number of steps from 1 to {most}")
+    steps = integer(f"steps ({spacing})", steps, 1, most)
     points = steps + drop_penultimate
 
     if spacing in TIMESTEPS:
