@@ -1,0 +1,151 @@
+"""The pipeline on a tiny random model: seeds, batches, strength, masks, and what a picture remembers."""
+
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny
+
+import minisd
+from minisd import image, samplers, schedule
+from minisd.weights import save_module, write_config
+
+sd = functools.cache(tiny)
+QUICK = {"steps": 3, "progress": False}
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def photograph(width=64, height=64):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([4 * x % 256, 3 * y % 256, (x * y) % 256], -1).astype(np.uint8))
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another():
+    first, again, other = (sd()("a cat", seed=s, **QUICK) for s in (5, 5, 6))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("sampler", [samplers.dpmpp_2m, samplers.euler_a])
+def test_a_batch_holds_the_pictures_that_single_runs_draw(sampler):
+    batch = sd()("a cat", seed=5, n=3, sampler=sampler, **QUICK)
+    singles = [sd()("a cat", seed=s, sampler=sampler, **QUICK) for s in (5, 6, 7)]
+    listed = sd()("a cat", seed=[7, 6, 5], n=3, sampler=sampler, **QUICK)[::-1]
+    for a, b, c in zip(batch, singles, listed, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1
+        assert np.abs(pixels(a) - pixels(c)).max() <= 1
+
+
+def test_several_prompts_draw_n_pictures_each():
+    drawn = sd()(["a cat", "a dog"], n=2, seed=1, negative=["", "a cat"], **QUICK)
+    assert [p.info["prompt"] for p in drawn] == ["a cat", "a cat", "a dog", "a dog"]
+    assert [p.info["negative"] for p in drawn] == ["", "", "a cat", "a cat"]
+    assert [p.info["seed"] for p in drawn] == [1, 2, 3, 4]
+
+
+def test_a_picture_remembers_its_settings_and_they_draw_it_again(tmp_path):
+    picture = sd()("a cat", sampler=samplers.heun, schedule="trailing", guidance=2.0, size=(64, 32), **QUICK)
+    image.save(picture, tmp_path / "x.png", picture.info)
+    noted = image.read_metadata(tmp_path / "x.png")
+    again = sd()(
+        noted["prompt"], seed=int(noted["seed"]), steps=int(noted["steps"]), guidance=float(noted["guidance"]),
+        sampler=getattr(samplers, noted["sampler"]), schedule=noted["schedule"], size=picture.size, progress=False,
+    )  # fmt: skip
+    assert picture.size == (64, 32)
+    assert again.tobytes() == picture.tobytes()
+
+
+def test_the_parts_by_hand_draw_what_the_call_draws():
+    run = schedule.plan(sd().schedule, 3, "karras")
+    denoise = sd().denoiser(sd().encode_text("a cat"), sd().encode_text(""), guidance=3.0)
+    generator = torch.Generator().manual_seed(11)
+    x = run.init_scale * torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        *_, (x, _) = samplers.dpmpp_2m(denoise, x, run.sigmas.float(), None)
+    by_hand = image.to_pil(sd().decode(x))[0]
+    assert by_hand.tobytes() == sd()("a cat", seed=11, **QUICK).tobytes()
+
+
+def test_strength_0_gives_the_pixels_back_and_1_is_text_to_image():
+    picture = photograph()
+    same = sd().img2img("a cat", picture, strength=0, seed=1, **QUICK)
+    assert same.tobytes() == picture.tobytes()
+    for sampler in (samplers.dpmpp_2m, samplers.euler_a):
+        forgotten = sd().img2img("a cat", picture, strength=1, seed=3, sampler=sampler, **QUICK)
+        assert forgotten.tobytes() == sd()("a cat", seed=3, sampler=sampler, **QUICK).tobytes()
+
+
+def test_a_strength_below_one_step_still_runs_one():
+    steps = []
+
+    def counted(denoise, x, sigmas, noise):
+        steps.append(len(sigmas) - 1)
+        yield from samplers.euler(denoise, x, sigmas, noise)
+
+    for strength in (0.01, 0.4, 0.6, 0.99):
+        sd().img2img("a cat", photograph(), strength=strength, seed=1, sampler=counted, steps=10, progress=False)
+    assert steps == [1, 4, 6, 10]
+
+
+def test_inpainting_keeps_every_pixel_outside_the_mask():
+    picture, mask = photograph(), Image.new("L", (64, 64), 0)
+    mask.paste(255, (13, 9, 41, 37))
+    drawn = sd().inpaint("a cat", picture, mask, seed=1, **QUICK)
+    changed = (pixels(drawn) != pixels(picture)).any(-1)
+    inside = pixels(mask) > 0
+    assert not changed[~inside].any()
+    assert changed[inside].mean() > 0.9
+
+
+def test_masks_of_another_size_and_empty_masks_warn():
+    with pytest.warns(UserWarning, match="mask is resized"):
+        sd().inpaint("a cat", photograph(), Image.new("L", (32, 32), 255), seed=1, **QUICK)
+    with pytest.warns(UserWarning, match="all black"):
+        same = sd().inpaint("a cat", photograph(), Image.new("L", (64, 64), 0), seed=1, **QUICK)
+    assert same.tobytes() == photograph().tobytes()
+
+
+def test_words_beyond_the_last_place_are_named_in_a_warning():
+    with pytest.warns(UserWarning, match=r"kept 75 of 80 tokens, dropped 'vwxyz'"):
+        sd().encode_text("a" * 75 + "vwxyz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd().encode_text("a" * 75)
+
+
+def test_a_missing_seed_is_drawn_and_noted():
+    first, second = (sd()("a cat", **QUICK) for _ in range(2))
+    assert first.info["seed"] != second.info["seed"]
+    assert sd()("a cat", seed=first.info["seed"], **QUICK).tobytes() == first.tobytes()
+
+
+def test_latents_that_are_not_finite_name_the_step():
+    def breaks(denoise, x, sigmas, noise):
+        for i in range(3):
+            yield (x * float("nan") if i == 1 else x), x
+
+    with pytest.raises(ValueError, match="after step 2"):
+        sd()("a cat", sampler=breaks, **QUICK)
+
+
+def test_a_saved_model_loads_and_draws_the_same_up_to_half_precision(tmp_path):
+    model = sd()
+    write_config(tmp_path, model.config)
+    model.tokenizer.save(tmp_path / "tokenizer.txt")
+    for name in ("text", "unet", "vae"):
+        save_module(getattr(model, name), tmp_path / f"{name}.safetensors")
+    loaded = minisd.load(tmp_path)
+    assert loaded.config == model.config
+    assert np.abs(pixels(loaded("a cat", seed=1, **QUICK)) - pixels(model("a cat", seed=1, **QUICK))).mean() < 1
+
+
+def test_models_that_are_not_there_or_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(minisd.CheckpointError, match="nowhere"):
+        minisd.load("nowhere")
+    with pytest.raises(ValueError, match="cpu"):
+        minisd.load(device="tpu7")
