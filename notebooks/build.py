@@ -113,6 +113,19 @@ def normalise(notebook, name: str):
     return notebook
 
 
+def solved_exercises(notebook) -> list[str]:
+    """For every exercise its folded solution followed by its check: code that must print "Right"."""
+    solved, check = [], None
+    for cell in notebook.cells:
+        if "check" in cell.metadata.get("tags", []):
+            check = cell.source
+        elif cell.cell_type == "markdown" and "<details>" in cell.source and check:
+            solution = "\n".join(re.findall(r"^```python\n(.*?)^```", cell.source, re.DOTALL | re.MULTILINE))
+            solved.append(f"{solution}\n{check}")
+            check = None
+    return solved
+
+
 def keep_ignored_outputs(new, old) -> None:
     """Where only outputs that differ by machine have changed, such as timings, keeps the stored ones."""
 
