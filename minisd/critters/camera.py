@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import DISTANCE, Anatomy
-from .field import length, mix, out_of, smoothstep
+from .field import length, mix, out_of, smoothstep, vector
 
 
 def screen(size: int, device: torch.device) -> Tensor:
@@ -68,4 +68,4 @@ def head_to_world(a: Anatomy, p: Tensor) -> Tensor:
 
 
 def _mirror(like: Tensor, side: int) -> Tensor:
-    return like.new_tensor([side, 1, 1])[:, None, None]
+    return vector(like, side, 1, 1)

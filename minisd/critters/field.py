@@ -17,6 +17,11 @@ from .fuse import hot
 ABSENT = 9.0  # added to the distance of an accessory that is not worn
 
 
+def vector(like: Tensor, x: float, y: float, z: float) -> Tensor:
+    """A constant vector or colour [3, 1, 1], on the device of another tensor."""
+    return like.new_tensor([x, y, z])[:, None, None]
+
+
 def length(v: Tensor) -> Tensor:
     return v.square().sum(0).sqrt()
 
@@ -52,7 +57,7 @@ def capsule(p: Tensor, a: Tensor, b: Tensor, radius_a: Tensor, radius_b: Tensor)
 
 def fold(p: Tensor) -> Tensor:
     """Mirror points onto the side x > 0, softly, so that no crease shows where the halves meet."""
-    right = p.new_tensor([1.0, 0, 0])[:, None, None]
+    right = vector(p, 1.0, 0, 0)
     return p + right * ((p[0].square() + 1e-4).sqrt() - p[0])
 
 
@@ -125,30 +130,30 @@ def field(a: Anatomy, p: Tensor) -> Tensor:
 
 
 def _skull(a: Anatomy, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    squash = p.new_tensor([1, 1.15, 1])[:, None, None]
+    squash = vector(p, 1, 1.15, 1)
     cheek = length((p - a.cheek) * squash) - a.cheek_radius
     skull = smooth_min(ellipsoid(p, 0.0, a.skull), cheek, 0.18)
     # Flattening space shortens distances: without the last factor rays overshoot and ears come out blocky.
-    flat = 1 + p.new_tensor([0, 0, 1])[:, None, None] * (1 / a.ear_flat - 1)
+    flat = 1 + vector(p, 0, 0, 1) * (1 / a.ear_flat - 1)
     ears = capsule(p * flat, a.ear_root * flat, a.ear_tip * flat, *a.ear_radii) * (0.25 + 0.7 * a.ear_flat)
     return skull, ears, ellipsoid(p, a.muzzle, a.muzzle_radii)
 
 
 def _tongue(a: Anatomy, p: Tensor) -> Tensor:
-    down = p.new_tensor([0, -1.15, 0.55])[:, None, None]
-    narrow = p.new_tensor([0.42, 0.75, 0.35])[:, None, None]
-    middle = (a.muzzle + down * a.muzzle_radii) * p.new_tensor([0, 1, 1])[:, None, None]
+    down = vector(p, 0, -1.15, 0.55)
+    narrow = vector(p, 0.42, 0.75, 0.35)
+    middle = (a.muzzle + down * a.muzzle_radii) * vector(p, 0, 1, 1)
     return ellipsoid(p, middle, a.muzzle_radii * narrow) + (1 - a.tongue) * ABSENT
 
 
 def _hat(a: Anatomy, p: Tensor, tilt: float = 0.16, height: float = 0.62) -> tuple[Tensor, Tensor, Tensor]:
     """A party hat: a cone with a pompom, tilted on the head."""
     axes = p.new_tensor([[1, tilt, 0], [-tilt, 1, 0], [0, 0, 1]])[..., None, None] / (1 + tilt**2) ** 0.5
-    q = into(axes, p - p.new_tensor([0.06, 0.44, 0])[:, None, None])
+    q = into(axes, p - vector(p, 0.06, 0.44, 0))
     x, y, z = q
     wall = ((x.square() + z.square()).sqrt() - 0.27 * (1 - (y / height).clamp(0, 1))) * 0.90
     cone = torch.maximum(wall, torch.maximum(-y, y - height)) - 0.015
-    pompom = length(q - q.new_tensor([0, height + 0.03, 0])[:, None, None]) - 0.10
+    pompom = length(q - vector(q, 0, height + 0.03, 0)) - 0.10
     return q, torch.minimum(cone, pompom) + (1 - a.hat) * ABSENT, pompom + (1 - a.hat) * ABSENT
 
 
@@ -158,11 +163,11 @@ def _body(a: Anatomy, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fore, hind = a.fore_radius, a.hind_radius
     legs = smooth_min(
         capsule(q, a.fore_hip, a.fore_paw, fore * 1.05, fore),
-        ellipsoid(q, _moved(a.fore_paw, 0.02, 0.06), fore * q.new_tensor([1.12, 0.90, 1.35])[:, None, None]), 0.06,
+        ellipsoid(q, _moved(a.fore_paw, 0.02, 0.06), fore * vector(q, 1.12, 0.90, 1.35)), 0.06,
     )  # fmt: skip
     hind_legs = smooth_min(
         capsule(q, a.hind_hip, a.hind_paw, hind * 1.1, hind * 0.85),
-        ellipsoid(q, _moved(a.hind_paw, 0.01, 0.05), hind * q.new_tensor([0.95, 0.80, 1.25])[:, None, None]), 0.06,
+        ellipsoid(q, _moved(a.hind_paw, 0.01, 0.05), hind * vector(q, 0.95, 0.80, 1.25)), 0.06,
     )  # fmt: skip
     hind_legs = smooth_min(hind_legs, ellipsoid(q, a.haunch, a.haunch_radii), 0.10)
     tail = capsule(p[:, None], a.tail[:, :-1], a.tail[:, 1:], a.tail_radii[:-1], a.tail_radii[1:]).amin(0)
@@ -171,7 +176,7 @@ def _body(a: Anatomy, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _moved(p: Tensor, up: float, forward: float) -> Tensor:
-    return p + p.new_tensor([0, up, forward])[:, None, None]
+    return p + vector(p, 0, up, forward)
 
 
 def _neck(a: Anatomy, p: Tensor, slope: float = 0.18) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +189,7 @@ def _neck(a: Anatomy, p: Tensor, slope: float = 0.18) -> tuple[Tensor, Tensor, T
     collar = (ring.square() + (0.70 * y).square()).sqrt() - 0.052 + (1 - a.collar) * ABSENT
     wrap = ((0.75 * ring).square() + (0.72 * y).square()).sqrt() - 0.095
     knot = torch.stack((x - 0.13, y + 0.20, front - 0.06))
-    end = ellipsoid(knot, 0.0, x.new_tensor([0.085, 0.20, 0.05])[:, None, None])
+    end = ellipsoid(knot, 0.0, vector(x, 0.085, 0.20, 0.05))
     scarf = smooth_min(wrap, end, 0.05) + (1 - a.scarf) * ABSENT
     tag = (x.square() + (y + 0.11).square() + (front - 0.055).square()).sqrt() - 0.075 + (1 - a.tag) * ABSENT
     side = (x.square() + 1e-5).sqrt()
@@ -192,5 +197,5 @@ def _neck(a: Anatomy, p: Tensor, slope: float = 0.18) -> tuple[Tensor, Tensor, T
     wing = ((y + 0.03) / (0.055 + 0.42 * flare)).square() + ((front - 0.08) / (0.045 + 0.12 * flare)).square()
     wings = torch.maximum(0.5 * wing.sqrt() - 0.5, 3 * (side - 0.24)) * 0.10
     heart = torch.stack((x, y + 0.03, front - 0.10))
-    bow = torch.minimum(wings, ellipsoid(heart, 0.0, x.new_tensor([0.06, 0.07, 0.06])[:, None, None]))
+    bow = torch.minimum(wings, ellipsoid(heart, 0.0, vector(x, 0.06, 0.07, 0.06)))
     return torch.minimum(collar, scarf), tag, bow + (1 - a.bow) * ABSENT

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .anatomy import Anatomy
-from .field import field, length, mix
+from .field import field, length, mix, vector
 from .fuse import hot
 from .material import Material
 from .trace import Hits
@@ -59,7 +59,7 @@ def shade(a: Anatomy, hits: Hits, m: Material, openness: Tensor, lit: Tensor) ->
     fresnel = (1 + (n * hits.direction).sum(0).clamp(-1, 0)) ** 3
     half = a.light - hits.direction
     mirror = ((n * half).sum(0) / length(half)).clamp(min=0) ** 30 * lit
-    through = n.new_tensor([0.10, 0.035, 0.03])[:, None, None] * (wrap - cosine.clamp(min=0))
+    through = vector(n, 0.10, 0.035, 0.03) * (wrap - cosine.clamp(min=0))
     diffuse = a.key * wrap * (0.35 + 0.65 * lit) + (a.sky * up + a.bounce * (1 - up)) * openness + through
     glowing = m.glow * (0.55 * diffuse + 0.45)
     rim = a.rim * (0.40 * fresnel * (0.3 + 0.7 * up) * (1 - m.glow)) * (0.35 + m.colour)

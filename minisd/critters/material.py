@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
-from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep
+from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep, vector
 from .fuse import hot
 
 PARTS = ("background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag")
@@ -32,31 +32,29 @@ def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
     d = distances(a, p)
     on_head = smoothstep(0.03, -0.03, d.head - d.body)
     facing = into(a.head_axes, into(a.body_axes, n))[2]
-    colour = _fur(a, d, on_head, facing)
+    colour = _face(a, d, on_head, facing, _coat(a, d, on_head))
     part = torch.where(on_head > 0.5, 1.0, 2.0)
     shine, glow = torch.full_like(part, 0.06), torch.zeros_like(part)
     skin = torch.minimum(d.head, d.body)
     surface = torch.minimum(skin, d.eyes)
     cloth_surface = torch.minimum(surface, d.neckwear)
     stripes = smoothstep(-0.15, 0.15, torch.sin(26 * (d.hat_point[1] + 0.35 * d.hat_point[0])))
-    cream = p.new_tensor([1.0, 0.81, 0.39])[:, None, None]
-    hat = mix(
-        mix(a.hat_colour, cream, stripes), p.new_tensor([0.95, 0.90, 0.80])[:, None, None], _inside(d.pompom, pixel)
-    )
+    cream = vector(p, 1.0, 0.81, 0.39)
+    hat = mix(mix(a.hat_colour, cream, stripes), vector(p, 0.95, 0.90, 0.80), _inside(d.pompom, pixel))
     checks = smoothstep(-0.18, 0.18, torch.sin(30 * d.body_point[0]) - 0.2) * a.scarf
-    layers = (  # label, how deep inside, colour, shine, glow
-        (4, d.nose - skin + 0.004, a.nose_colour, 0.5, 0.0),
-        (5, d.tongue - skin, p.new_tensor([0.85, 0.25, 0.28])[:, None, None], 0.25, 0.0),
-        (3, d.eyes - skin, _eye(a, d.head_point, pixel), 0.15, 0.85),
-        (6, d.hat - surface, hat, 0.15, 0.0),
-        (7, d.neckwear - surface, mix(a.cloth, 0.75 * a.cloth + 0.2, checks), 0.15, 0.0),
-        (7, d.bow - cloth_surface, a.cloth, 0.2, 0.0),
-        (8, d.tag - cloth_surface, p.new_tensor([0.95, 0.66, 0.16])[:, None, None], 0.8, 0.0),
+    layers = (  # part, distance beyond what lies beneath, colour, shine, glow
+        ("nose", d.nose - skin + 0.004, a.nose_colour, 0.5, 0.0),
+        ("tongue", d.tongue - skin, vector(p, 0.85, 0.25, 0.28), 0.25, 0.0),
+        ("eyes", d.eyes - skin, _eye(a, d.head_point, pixel), 0.15, 0.85),
+        ("hat", d.hat - surface, hat, 0.15, 0.0),
+        ("neckwear", d.neckwear - surface, mix(a.cloth, 0.75 * a.cloth + 0.2, checks), 0.15, 0.0),
+        ("neckwear", d.bow - cloth_surface, a.cloth, 0.2, 0.0),
+        ("tag", d.tag - cloth_surface, vector(p, 0.95, 0.66, 0.16), 0.8, 0.0),
     )
-    for label, depth, paint, shininess, glowing in layers:
+    for name, depth, paint, shininess, glowing in layers:
         mask = _inside(depth, pixel)
         colour, shine, glow = mix(colour, paint, mask), mix(shine, shininess, mask), mix(glow, glowing, mask)
-        part = torch.where(mask > 0.5, float(label), part)
+        part = torch.where(mask > 0.5, float(PARTS.index(name)), part)
     return Material(colour, part, shine, glow)
 
 
@@ -75,32 +73,41 @@ def _band(x: Tensor, width: float = 0.18) -> Tensor:
     return smoothstep(-width, width, x)
 
 
-def _fur(a: Anatomy, d: Distances, on_head: Tensor, facing: Tensor) -> Tensor:
-    """Fur with its pattern, the light muzzle and chest, inner ears, blush and mouth, [3, b, n]."""
+def _coat(a: Anatomy, d: Distances, on_head: Tensor) -> Tensor:
+    """Fur with its pattern, and the lighter muzzle and chest, [3, b, n]."""
     head, body = d.head_point, d.body_point
     on_muzzle = smoothstep(0.035, -0.015, d.muzzle - d.skull) * on_head
     on_ears = smoothstep(0.02, -0.03, d.ears - d.skull) * on_head
     on_legs = smoothstep(0.03, -0.02, d.legs - d.torso)
     on_tail = smoothstep(0.06, 0.0, d.tail)
+    middle = a.chest + vector(head, 0, -0.20, 0.36)
+    chest = smoothstep(0.03, -0.05, length((body - middle) * vector(head, 1.2, 0.55, 1)) - 0.30) * (1 - on_head)
+
     fur = mix(a.fur, a.fur_marks, 0.88 * a.striped * _stripes(a, d, on_head, on_legs, on_tail))
     fur = mix(fur, a.fur_marks, a.spotted * _spots(a, head, body, on_head, on_ears))
     fur = mix(fur, 0.72 * a.fur, 0.8 * on_ears * (1 - a.cat) * (1 - a.spotted))
     fur = mix(fur, a.fur_light, 0.92 * on_muzzle)
-    white = fur.new_tensor([0.88, 0.86, 0.83])[:, None, None]
-    squash = fur.new_tensor([1.2, 0.55, 1])[:, None, None]
-    middle = a.chest + fur.new_tensor([0, -0.20, 0.36])[:, None, None]
-    chest = smoothstep(0.03, -0.05, length((body - middle) * squash) - 0.30) * (1 - on_head)
-    x, y, z = head
-    wedge = x.abs() - 0.055 - 0.25 * (0.05 - y).clamp(min=0)
-    blaze = smoothstep(0.02, -0.02, wedge) * smoothstep(0.42, 0.30, y) * smoothstep(0, 0.3, z) * on_head
     paws = smoothstep(-1.02, -1.08, body[1]) * (1 - on_head) * (1 - on_tail)
-    fur = mix(fur, white, a.tuxedo * torch.maximum(torch.maximum(blaze, chest), torch.maximum(paws, on_muzzle)))
-    fur = mix(fur, a.fur_light, 0.55 * chest * (1 - a.tuxedo) * (1 - on_legs))
-    fur = mix(fur, mix(fur.new_tensor([0.88, 0.44, 0.44])[:, None, None], a.fur, 0.15), _inner_ear(a, d, facing))
+    white = torch.stack((_blaze(head) * on_head, chest, paws, on_muzzle)).amax(0)
+    fur = mix(fur, vector(fur, 0.88, 0.86, 0.83), a.tuxedo * white)
+    return mix(fur, a.fur_light, 0.55 * chest * (1 - a.tuxedo) * (1 - on_legs))
+
+
+def _face(a: Anatomy, d: Distances, on_head: Tensor, facing: Tensor, fur: Tensor) -> Tensor:
+    """Inner ears, blush and mouth painted onto the fur, [3, b, n]."""
+    x, y, z = d.head_point
+    fur = mix(fur, mix(vector(fur, 0.88, 0.44, 0.44), a.fur, 0.15), _inner_ear(a, d, facing))
     blush = smoothstep(0.17, 0.02, ((x.abs() - a.eye[0] - 0.13).square() + (1.25 * (y + 0.20)).square()).sqrt())
     blush = blush * on_head * smoothstep(0.1, 0.4, z) * (0.20 + 0.30 * smoothstep(0.05, 0.35, a.fur.mean(0)))
-    rosy = fur * fur.new_tensor([0.60, 0.75, 0.75])[:, None, None] + fur.new_tensor([0.42, 0.07, 0.09])[:, None, None]
-    return mix(mix(fur, rosy, blush), fur.new_tensor([0.10, 0.04, 0.04])[:, None, None], 0.85 * _mouth(a, head, facing))
+    fur = mix(fur, fur * vector(fur, 0.60, 0.75, 0.75) + vector(fur, 0.42, 0.07, 0.09), blush)
+    return mix(fur, vector(fur, 0.10, 0.04, 0.04), 0.85 * _mouth(a, d.head_point, facing))
+
+
+def _blaze(head: Tensor) -> Tensor:
+    """A tuxedo's white wedge between the eyes."""
+    x, y, z = head
+    wedge = x.abs() - 0.055 - 0.25 * (0.05 - y).clamp(min=0)
+    return smoothstep(0.02, -0.02, wedge) * smoothstep(0.42, 0.30, y) * smoothstep(0, 0.3, z)
 
 
 def _stripes(a: Anatomy, d: Distances, on_head: Tensor, on_legs: Tensor, on_tail: Tensor) -> Tensor:
@@ -130,15 +137,15 @@ def _spots(a: Anatomy, head: Tensor, body: Tensor, on_head: Tensor, on_ears: Ten
         1 - on_head * smoothstep(0.5, 0.2, head[0].abs())
     )
     side = torch.where(a.phase[0] > 50, 1.0, -1.0)
-    mirrored = head.new_tensor([1.0, 0, 0])[:, None, None] * (side - 1) + 1
-    squash = head.new_tensor([1, 0.9, 0.6])[:, None, None]
+    mirrored = vector(head, 1.0, 0, 0) * (side - 1) + 1
+    squash = vector(head, 1, 0.9, 0.6)
     patch = length((head - a.eye * mirrored) * squash) - 0.25 + 0.03 * noise(head + a.phase, 6.0)
     spots = torch.maximum(blobs, _band(-patch, 0.02) * on_head)
     return torch.maximum(spots * (1 - on_ears), on_ears)
 
 
 def _inner_ear(a: Anatomy, d: Distances, facing: Tensor) -> Tensor:
-    flat = d.head_point.new_tensor([1, 1, 0])[:, None, None]
+    flat = vector(d.head_point, 1, 1, 0)
     root, tip = mix(a.ear_root, a.ear_tip, 0.12) * flat, mix(a.ear_root, a.ear_tip, 0.80) * flat
     shell = capsule(fold(d.head_point) * flat, root, tip, 0.60 * a.ear_radii[0], 0.5 * a.ear_radii[1])
     return (
@@ -164,19 +171,13 @@ def _eye(a: Anatomy, head: Tensor, pixel: Tensor) -> Tensor:
     soft = pixel / a.eye_radius
     radius = (gx * gx + gy * gy).sqrt()
     iris = mix(0.50 * a.iris, 1.25 * a.iris + 0.04, smoothstep(0.5, -0.6, gy))
-    eye = mix(head.new_tensor([0.80, 0.78, 0.76])[:, None, None], iris, smoothstep(0.80 + soft, 0.80 - soft, radius))
+    eye = mix(vector(head, 0.80, 0.78, 0.76), iris, smoothstep(0.80 + soft, 0.80 - soft, radius))
     eye = mix(eye, 0.35 * a.iris, 0.8 * smoothstep(0.14, 0.02, (radius - 0.78).abs()))
     slit = 0.25 * (((gx / 0.25).square() + (gy / 0.56).square()).sqrt() - 1)
-    eye = mix(
-        eye,
-        head.new_tensor([0.012, 0.010, 0.016])[:, None, None],
-        smoothstep(soft, -soft, mix(radius - 0.46, slit, a.cat)),
-    )
-    eye = mix(
-        eye,
-        head.new_tensor([0.020, 0.015, 0.018])[:, None, None],
-        smoothstep(0.86, 0.95, (x * x + y * y).sqrt() + 0.10 * y),
-    )
+    pupil = smoothstep(soft, -soft, mix(radius - 0.46, slit, a.cat))
+    lid = smoothstep(0.86, 0.95, (x * x + y * y).sqrt() + 0.10 * y)
+    eye = mix(eye, vector(head, 0.012, 0.010, 0.016), pupil)
+    eye = mix(eye, vector(head, 0.020, 0.015, 0.018), lid)
     lit = torch.sign(a.light[0])
     large = ((x - 0.26 * lit).square() + (y - 0.34).square()).sqrt() - 0.21
     small = ((x + 0.30 * lit).square() + (y + 0.30).square()).sqrt() - 0.10

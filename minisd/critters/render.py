@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backdrop, camera, light, material, styles, trace
 from .anatomy import Anatomy, anatomy
-from .field import mix
+from .field import mix, vector
 from .scene import Scene
 
 SMALLEST = 128  # smaller pictures are drawn at this size or more and shrunk: eyes and styles need the pixels
@@ -97,7 +97,7 @@ def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, 
     place = backdrop.paint(a, stage, [s.background for s in scenes])
     near = material.smoothstep(-2.6, -1.4, stage.ground[2]) * (direction[1] < -0.01)
     shadow = mix(1.0, light.ground_shadow(a, stage.ground, size), near)
-    tint = place.new_tensor([0.092, 0.097, 0.106])[:, None, None]
+    tint = vector(place, 0.092, 0.097, 0.106)
     shaded = place * (shadow + (1 - shadow) * tint)
 
     def spread(values: Tensor, background: float | Tensor = 0.0) -> Tensor:

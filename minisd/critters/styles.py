@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .field import mix
+from .field import mix, vector
 from .material import PARTS
 
 
@@ -49,10 +49,10 @@ def render_3d(x: Layers, generator: torch.Generator) -> Tensor:
 def cartoon(x: Layers, generator: torch.Generator) -> Tensor:
     """Flat colours in two tones, outlined in ink."""
     lit = torch.sigmoid(30 * (x.light - 0.36))
-    shadow = _rgb(x.albedo, 0.76, 0.75, 0.84)
-    critter = x.albedo**0.90 * mix(shadow, _rgb(x.albedo, 1.02, 1.02, 1.02), lit)
+    shadow = vector(x.albedo, 0.76, 0.75, 0.84)
+    critter = x.albedo**0.90 * mix(shadow, vector(x.albedo, 1.02, 1.02, 1.02), lit)
     critter = mix(critter, x.albedo, (x.glow / 0.85).clamp(0, 1))
-    return mix(mix(x.backdrop, critter, x.mask), _rgb(x.albedo, 0.20, 0.14, 0.20), ink(x, 1.3)).clamp(0, 1)
+    return mix(mix(x.backdrop, critter, x.mask), vector(x.albedo, 0.20, 0.14, 0.20), ink(x, 1.3)).clamp(0, 1)
 
 
 def pencil_sketch(x: Layers, generator: torch.Generator) -> Tensor:
@@ -73,7 +73,7 @@ def pencil_sketch(x: Layers, generator: torch.Generator) -> Tensor:
     dark = mix(dark + 0.25 * light_tone, 0.9 * (1 - tone), eyes)
     paper = 0.965 + 0.008 * _noise(x, min(size, 128), generator, 2)
     sheet = paper - torch.maximum(dark, lines) * (0.80 + 0.12 * pressure.clamp(max=1.5))
-    return (sheet * _rgb(sheet, 1.0, 0.985, 0.955)).clamp(0.05, 1)
+    return (sheet * vector(sheet, 1.0, 0.985, 0.955)).clamp(0.05, 1)
 
 
 def watercolor(x: Layers, generator: torch.Generator) -> Tensor:
@@ -91,7 +91,7 @@ def watercolor(x: Layers, generator: torch.Generator) -> Tensor:
     paint = 1 - (1 - wash) * 0.97 * (1 + 0.09 * _noise(x, 5, generator, 3)) - 0.20 * edge
     grain = _noise(x, min(size, 170), generator)
     paint = paint + 0.010 * grain
-    paper = _rgb(paint, 0.985, 0.975, 0.950) + 0.006 * grain
+    paper = vector(paint, 0.985, 0.975, 0.950) + 0.006 * grain
     axis = torch.linspace(-1, 1, size, device=paint.device)
     rim = torch.maximum(axis.abs()[:, None], axis.abs()) + 0.04 * _noise(x, 7, generator, 3)
     return mix(paint, paper, torch.sigmoid(30 * (rim - 0.96))).clamp(0, 1)
@@ -113,7 +113,7 @@ def pixel_art(x: Layers, generator: torch.Generator) -> Tensor:
     gray = _gray(small)
     small = (small + torch.round(12 * gray) / 12 - gray).clamp(0, 1)  # few tones, but of the true hue
     around = F.max_pool2d(mask, (3, 1), 1, (1, 0)).maximum(F.max_pool2d(mask, (1, 3), 1, (0, 1))) - mask
-    small = mix(small, _rgb(small, 0.16, 0.11, 0.17), around)
+    small = mix(small, vector(small, 0.16, 0.11, 0.17), around)
     return small.repeat_interleave(pixel, 2).repeat_interleave(pixel, 3)[..., :size, :size]
 
 
@@ -126,12 +126,8 @@ PAINT = {
 }
 
 
-def _rgb(like: Tensor, r: float, g: float, b: float) -> Tensor:
-    return like.new_tensor([r, g, b])[:, None, None]
-
-
 def _gray(x: Tensor) -> Tensor:
-    return (x * _rgb(x, 0.30, 0.59, 0.11)).sum(1, keepdim=True)
+    return (x * vector(x, 0.30, 0.59, 0.11)).sum(1, keepdim=True)
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
