@@ -19,6 +19,7 @@ from .scene import WORDS, Scene
 
 SIZE = 128  # pixels; other pictures are resized to this
 CROP, REACH = 20, 0.17  # an eye is cut out in so many pixels, so far (in half widths of the picture) to each side
+MIRRORED_LOOK = torch.tensor([WORDS["look"].index(look) for look in ("front", "right", "left")])
 UNSEEN = -100  # target of an attribute that the picture does not show
 
 
@@ -131,11 +132,16 @@ class Examples:
         return len(self.images)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Some examples; `look_at` is near the eyes, as near as the oracle will find them."""
-        images = degraded(self.images[indices].float() / 127.5 - 1, generator)
+        """Some examples, half of them mirrored; `look_at` is near the eyes, as near as the oracle will find them."""
+        image = self.images[indices].float() / 127.5 - 1
         some = {name: values[indices] for name, values in self.targets.items()}
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5
+        image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
+        some["look"] = torch.where(mirrored, MIRRORED_LOOK[some["look"]], some["look"])
+        swapped = some["eyes_at"].flip(1) * torch.tensor([-1.0, 1.0])
+        some["eyes_at"] = torch.where(mirrored[:, None, None], swapped, some["eyes_at"])
         near = some["eyes_at"] + 0.025 * torch.randn(some["eyes_at"].shape, generator=generator)
-        return some | {"image": images, "look_at": near}
+        return some | {"image": degraded(image, generator), "look_at": near}
 
 
 def degraded(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
