@@ -1,4 +1,4 @@
-"""The site of the chapters. It builds and reads offline: outputs are the notebooks' own, MathJax stands beside the pages."""
+"""The site of the chapters: it builds and reads offline, with the notebooks' own outputs and MathJax beside the pages."""
 
 import shutil
 from importlib.util import find_spec

@@ -149,7 +149,8 @@ def inpaint(
     source, white = images.read(picture), images.read(mask, background="black")
     sd = load(model, device=device)
     _save(
-        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings), paths, force
+        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings), paths,
+        force
     )
 
 
@@ -160,7 +161,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
-    """Train a part of the bundled model; a run that was stopped goes on where it was. Under torchrun, on many devices."""
+    """Train a part of the bundled model; a stopped run goes on where it was. Under torchrun, on many devices."""
     from .train.loop import start_processes
     from .train.recipes import RECIPES, RENDERS, Workshop
 
@@ -173,7 +174,8 @@ def train(
     bar = tqdm(function(shop, run), total=run.steps, desc=recipe)
     for record in bar:
         bar.n = record.step - 1  # a resumed run starts further on
-        bar.set_postfix({"loss": f"{record.loss:.4f}", **{k: f"{v:.4f}" for k, v in record.parts.items()}}, refresh=False)
+        shown = {"loss": record.loss, **record.parts}
+        bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What may be asked for: each check returns the value in its plain form, or says what came, what is allowed, what to do."""
+"""What may be asked for: a check returns a value in its plain form, or says what came, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -65,5 +65,7 @@ def size(value: object, multiple: int) -> tuple[int, int]:
     width, height = (integer("size", side, 1, 2**16) for side in sides)
     if width % multiple or height % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-        raise ValueError(f"size is {width} x {height}; sides must be multiples of {multiple}, such as {near[0]} x {near[1]}")
+        raise ValueError(
+            f"size is {width} x {height}; sides must be multiples of {multiple}, such as {near[0]} x {near[1]}"
+        )
     return width, height

@@ -1,4 +1,5 @@
-"""Sizes of every network, as frozen dataclasses. A model is Stable Diffusion's architecture with the numbers of its config.
+"""Sizes of every network, as frozen dataclasses. A model is Stable Diffusion's architecture with the numbers of its
+config.
 
 The defaults are the published Stable Diffusion v1; the `CRITTERS_*` presets at the end are the bundled model.
 """
@@ -104,10 +105,8 @@ CRITTERS_128 = ModelConfig(
     size=128,
     prediction="v",
     guidance=4.0,
-    unet=UNetConfig(
-        widths=(64, 128, 192), blocks=1, attention=(True, True, True), heads=None, head_dim=32, context_dim=160, groups=16
-    ),
+    unet=UNetConfig(widths=(48, 96, 144), blocks=1, attention=(True,) * 3, heads=6, context_dim=128, groups=12),
     vae=VAEConfig(widths=(16, 32, 64, 128), blocks=1, groups=4, scaling=1.0),
-    text=TextConfig(vocabulary=1024, width=160, layers=4, heads=5, projection=128),
+    text=TextConfig(vocabulary=1024, width=128, layers=4, heads=4, projection=128),
 )
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()

@@ -36,8 +36,8 @@ def guide(
 ) -> Float[Tensor, "b c h w"]:
     """Classifier-free guidance, `uncond + w (cond - uncond)`: 0 ignores the prompt, 1 is plain, more exaggerates it.
 
-    (Ho & Salimans 2022, equation 6; their w is ours minus 1.) `rescale` pulls the result's deviation back towards that of
-    `cond`, wholly at 1 (Lin et al. 2024, equations 15 and 16).
+    (Ho & Salimans 2022, equation 6; their w is ours minus 1.) `rescale` pulls the result's deviation back towards that
+    of `cond`, wholly at 1 (Lin et al. 2024, equations 15 and 16).
     """
     guided = uncond + guidance * (cond - uncond)
     if rescale:
@@ -48,10 +48,11 @@ def guide(
 
 @dataclass(frozen=True)
 class Denoiser:
-    """`denoise(x, sigma)`, the predicted clean sample, for given prompts: a network, its schedule, contexts and guidance.
+    """`denoise(x, sigma)`, the predicted clean sample, for given prompts: a network, its schedule, contexts and
+    guidance.
 
-    `context` [b n d] is the encoded prompts, `negative` what to steer away from (the empty prompt by default); without it,
-    or at guidance 1, the network runs once a step, else once on a batch of both.
+    `context` [b n d] is the encoded prompts, `negative` what to steer away from (the empty prompt by default); without
+    it, or at guidance 1, the network runs once a step, else once on a batch of both.
     The network runs in its own dtype and device; the result comes back in those of `x`.
     """
 

@@ -1,4 +1,4 @@
-"""The pieces that every network here is made of: time embedding, residual block, attention, feed-forward, up and down."""
+"""What every network here is made of: time embedding, residual block, attention, feed-forward, up and down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 def timestep_embedding(t: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
     """Sinusoidal embedding of the time step, `[cos(t f) | sin(t f)]` with `f_i = 10000^(-i / (dim/2))`.
 
-    `t` runs over 0..999 and may be fractional. (Vaswani et al. 2017, section 3.5; cosines first, as in Stable Diffusion.)
+    `t` runs over 0..999 and may be fractional. (Vaswani et al. 2017, section 3.5; cosines first, as in Stable
+    Diffusion.)
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -28,7 +29,9 @@ class ResidualBlock(nn.Module):
     The second convolution starts at zero, so that a fresh block passes `x` on unchanged.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, temb_dim: int | None = None, eps: float = 1e-5):
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, temb_dim: int | None = None, eps: float = 1e-5
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -39,7 +42,9 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Float[Tensor, "b c h w"], temb: Float[Tensor, "b e"] | None = None) -> Float[Tensor, "b o h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], temb: Float[Tensor, "b e"] | None = None
+    ) -> Float[Tensor, "b o h w"]:
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time is not None:
             h = h + self.time(F.silu(temb))[:, :, None, None]
@@ -110,7 +115,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, each pixel a token (Rombach et al. 2022, section 3.3).
 
-    `linear` enters and leaves by a Linear layer (v2) instead of a 1x1 convolution (v1): the same numbers, another layout.
+    `linear` enters and leaves by a Linear layer (v2) instead of a 1x1 convolution (v1): the same numbers, another
+    layout.
     """
 
     def __init__(self, width: int, heads: int, context_dim: int | None, groups: int, linear: bool = False):
@@ -154,7 +160,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat every pixel, then smooth by a convolution. `size` overrides doubling where a side was odd on the way down."""
+    """Repeat every pixel, then smooth by a convolution. `size` is for sides that were odd on the way down."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -59,7 +59,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_text(self, prompts: str | Sequence[str]) -> Float[Tensor, "b n d"]:
-        """The context of one prompt or several. Words beyond the last place are left out, with a warning that names them."""
+        """The context of one prompt or several. Words beyond the last place are dropped, and named in a warning."""
         prompts = checks.prompts(prompts)
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt)
@@ -104,10 +104,11 @@ class StableDiffusion:
     ) -> Image.Image | list[Image.Image]:
         """Draw pictures from prompts alone: one picture for one prompt and n = 1, else a list, n in a row a prompt.
 
-        `negative`: what to steer away from. `seed`: of the first picture, the next ones count on; or a list; drawn where
-        there is none. `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; the size of training
-        by default. `settings`: `steps` (20), `guidance` (the model's own), `rescale` (0), `sampler` (`samplers.dpmpp_2m`),
-        `schedule` ("karras", or another spacing of `schedule.plan`), `progress` (True).
+        `negative`: what to steer away from. `seed`: of the first picture, the next ones count on; or a list; drawn
+        where
+        there is none. `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; the size of
+        training by default. `settings`: `steps` (20), `guidance` (the model's own), `rescale` (0), `sampler`
+        (`samplers.dpmpp_2m`), `schedule` ("karras", or another spacing of `schedule.plan`), `progress` (True).
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.
@@ -131,10 +132,11 @@ class StableDiffusion:
         n: int = 1,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Redraw a picture: add noise by the denoising strength, then denoise towards the prompt (Meng et al. 2022, SDEdit).
+        """Redraw a picture: add noise by the denoising strength, then denoise towards the prompt (Meng et al. 2022,
+        SDEdit).
 
-        `strength` 0 gives the picture back; 1 forgets it and is text to image; between them the last `strength * steps` steps
-        run, at least one. Other settings as in `text_to_image`.
+        `strength` 0 gives the picture back; 1 forgets it and is text to image; between them the last `strength *
+        steps` steps run, at least one. Other settings as in `text_to_image`.
         """
         strength = checks.number("strength", strength, 0, 1)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
@@ -179,7 +181,8 @@ class StableDiffusion:
             return run.finish([picture.copy() for _ in range(run.count)])
         latent = self.encode(images.from_pil(picture))
         white = (images.from_pil(mask)[:, :1] > 0).float()
-        drawn = run.draw(latent.shape[-2:], latent, F.max_pool2d(white, factor))  # a cell is redrawn if any pixel of it is
+        cells = F.max_pool2d(white, factor)  # a cell of the latent is redrawn if any pixel of it is
+        drawn = run.draw(latent.shape[-2:], latent, cells)
         several = drawn if isinstance(drawn, list) else [drawn]
         for new in several:
             new.paste(picture, mask=mask.point(lambda value: 255 - value))
@@ -208,8 +211,8 @@ class StableDiffusion:
         free = _free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{width} x {height} pixels need about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are "
-                "free; choose a smaller size"
+                f"{width} x {height} pixels need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+                "choose a smaller size"
             )
 
 
@@ -260,7 +263,7 @@ class _Run:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
         def noise(*_: Tensor) -> Float[Tensor, "b z h w"]:
-            """Each picture's next noise, from its own generator: first the start, then one a step where it is asked for."""
+            """Each picture's next noise, from its own generator: first the start, then one a step if asked for."""
             return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
         negative = sd.encode_text(self.negatives) if self.guidance != 1 else None
@@ -314,8 +317,8 @@ def load(
 ) -> StableDiffusion:
     """The bundled model, or another by its name or folder, ready to draw.
 
-    Raises CheckpointError (a ValueError) where there is no such model or a file doesn't fit, and ValueError for a device
-    that isn't there.
+    Raises CheckpointError (a ValueError) where there is no such model or a file doesn't fit, and ValueError for a
+    device that isn't there.
     """
     device = check_device(device)
     return StableDiffusion(**read_parts(resolve(model))).to(device, dtype)

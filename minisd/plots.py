@@ -60,7 +60,7 @@ def show(
                 axes.set_title(titles[place])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer)
 
 
 def points(
@@ -95,7 +95,7 @@ def paths(x: Float[Tensor, "steps n 2"], color: str = GREY, limit: float = 2.6) 
     """The way of each of n points through the steps."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(*x.detach().cpu().numpy().transpose(2, 0, 1), color=color, linewidth=0.7, alpha=0.7)
+        axes.plot(*x.detach().cpu().numpy().transpose(2, 0, 1), color=color, linewidth=0.7, alpha=0.7, zorder=0.5)
         _plane(axes, limit)
 
     return draw

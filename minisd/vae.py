@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents, and the Gaussian it encodes to (Kingma & Welling 2014; Rombach et al. 2022)."""
+"""The autoencoder between pictures and latents (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gaussian:
     logvar: Float[Tensor, "b c h w"]
 
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """`mean + exp(logvar / 2) * noise` for unit normal noise: the reparametrisation (Kingma & Welling, equation 4)."""
+        """`mean + exp(logvar / 2) * noise` for unit normal noise: the reparametrisation (Kingma & Welling, eq. 4)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Float[Tensor, "b"]:
@@ -111,7 +111,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def posterior(self, image: Float[Tensor, "b c h w"]) -> Gaussian:
-        """The Gaussian over unscaled latents, in float32; log variances are clamped to [-30, 20] as in the reference."""
+        """The Gaussian over unscaled latents, in float32; log variances are clamped to [-30, 20] as in the original."""
         mean, logvar = self.quant(self.encoder(image)).float().chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30.0, 20.0))
 

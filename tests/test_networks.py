@@ -1,4 +1,4 @@
-"""Our networks against diffusers' and transformers', with the same random weights: the architecture is Stable Diffusion's."""
+"""Our networks against the same of diffusers and transformers, with the same random weights."""
 
 import math
 

@@ -248,7 +248,9 @@ def test_the_build_takes_out_what_differs_from_run_to_run():
         nbformat.v4.new_output("stream", name="stdout", text=f"b <f at 0x7f12345678> {ROOT}/minisd/vae.py"),
         nbformat.v4.new_output("display_data", {build.LIVE: {"model_id": "1f"}, "image/png": picture}),
     ]
-    notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python", "version": "3.11.7"}}, cells=[cell])
+    notebook = nbformat.v4.new_notebook(
+        metadata={"language_info": {"name": "python", "version": "3.11.7"}}, cells=[cell]
+    )
     done = build.normalise(notebook, "07_x.ipynb")
     assert "version" not in str(done.metadata)
     assert (cell.id, cell.execution_count, cell.metadata) == ("07-000", 1, {"tags": ["check"]})

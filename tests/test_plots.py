@@ -9,7 +9,7 @@ from minisd import plots
 
 def pixels_of(image, color):
     rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return (np.asarray(image) == rgb).all(-1)
+    return (np.asarray(image.convert("RGB")) == rgb).all(-1)
 
 
 def test_points_lie_where_they_should_in_their_own_colour():
@@ -24,7 +24,7 @@ def test_panels_fill_rows_and_layers_share_one():
     black, white = torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 1.0)
     image = plots.show(plots.picture(black), plots.picture(white), plots.picture(black), columns=2, width=1.5, height=1)
     assert image.size == (300, 200)
-    dark = np.asarray(image).mean(-1) < 128
+    dark = np.asarray(image.convert("RGB")).mean(-1) < 128
     assert dark[:100, :150].any() and not dark[:100, 150:].any() and dark[100:, :150].any()
     assert plots.show([plots.points(torch.zeros(1, 2)), plots.paths(torch.zeros(2, 1, 2))]).size == (230, 230)
 

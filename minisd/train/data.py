@@ -27,8 +27,8 @@ EYE_WEIGHT = 8.0  # how much more an error counts in the eyes, which are small a
 class Renders:
     """`count` random training scenes of `size` pixels, rendered once and kept in `folder` in files of eighty.
 
-    Rendering goes on where it stopped. Sample number i is the same on every machine up to rounding: its scene comes from
-    a generator seeded by its file's number.
+    Rendering goes on where it stopped. Sample number i is the same on every machine up to rounding: its scene comes
+    from a generator seeded by its file's number.
     """
 
     def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
@@ -111,14 +111,15 @@ class Latents:
     DROPPED = 0.1
 
     def __init__(
-        self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule, share: int = 64
+        self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule, share: int =
+        64
     ):
         self.renders, self.text, self.tokenizer = renders, text.eval(), tokenizer
         self.scaling, self.device = vae.config.scaling, next(vae.parameters()).device
         self.alpha_bar = schedule.alpha_bar.float()
         means, deviations = [], []
         with torch.no_grad():
-            for indices in tqdm(torch.arange(len(renders)).split(share), desc="encoding", unit_scale=share, unit="picture"):
+            for indices in tqdm(torch.arange(len(renders)).split(share), desc="encoding"):
                 posterior = vae.posterior(renders.pictures(indices).to(self.device))
                 means.append(posterior.mean.cpu())
                 deviations.append((posterior.logvar / 2).exp().cpu())

@@ -1,4 +1,4 @@
-"""What each network is asked to make small. A loss takes the module and a batch and draws nothing: the batch holds it all."""
+"""What each network is asked to make small. A loss draws nothing at random: the batch holds it all."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def edges(x: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Absolute and edge error of the reconstruction, weighted a pixel, plus a little divergence (Kingma & Welling, eq. 7).
+    """Absolute and edge error of the reconstruction, weighted a pixel, plus a little divergence (Kingma & Welling, eq.
+    7).
 
-    Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes), `noise` as the
-    latent.
+    Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes), `noise` as
+    the latent.
     """
     image, weight = batch["image"], batch["weight"]
     posterior = vae.posterior(image)
@@ -36,7 +37,8 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of finding each picture's caption and each caption's picture in the batch (Radford et al. 2021, fig. 3).
+    """Cross-entropy of finding each picture's caption and each caption's picture in the batch (Radford et al. 2021,
+    fig. 3).
 
     Batch: `image` [b 3 h w], `ids` [b n].
     """

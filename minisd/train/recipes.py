@@ -1,7 +1,7 @@
 """The recipes of the bundled model, in the order they are run: renders, `vae`, `clip`, `unet`.
 
-Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own part.
-When all have run, `minisd.load(folder / "model")` draws.
+Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own
+part. When all have run, `minisd.load(folder / "model")` draws.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .data import Captioned, Latents, Pictures, Renders
 from .loop import Record, TrainConfig, fit
 from .losses import clip_loss, diffusion_loss, vae_loss
 
-RENDERS = 16_000
+RENDERS = 8_000
 
-VAE_RUN = TrainConfig(steps=6_000, batch=16, rate=1.5e-3, ema=0.998, half=True)
-CLIP_RUN = TrainConfig(steps=2_000, batch=128, rate=1e-3, weight_decay=0.1, half=True)
+VAE_RUN = TrainConfig(steps=3_000, batch=16, rate=1.5e-3, ema=0.998, half=True)
+CLIP_RUN = TrainConfig(steps=1_500, batch=64, rate=1e-3, weight_decay=0.1, half=True)
 UNET_RUN = TrainConfig(steps=6_000, batch=32, rate=1e-3, ema=0.999, half=True)
 
 
@@ -60,7 +60,7 @@ class Workshop:
     def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
         """Train with a checkpoint of this name; channels last is how convolutions like their memory."""
         module.to(self.device, memory_format=torch.channels_last)
-        yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt")
+        yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt", every=200)
 
 
 def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
@@ -70,7 +70,8 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     side = shop.config.size // shop.config.vae.factor
     yield from shop.run("vae", module, vae_loss, Pictures(data, (shop.config.vae.latent_channels, side, side)), run)
     with torch.no_grad():
-        latents = torch.cat([module.encode(data.pictures(i).to(shop.device)) for i in torch.arange(min(512, len(data))).split(32)])
+        latents = torch.cat([module.encode(data.pictures(i).to(shop.device)) for i in torch.arange(min(512,
+        len(data))).split(32)])
     sizes = dataclasses.replace(shop.config.vae, scaling=round(shop.config.vae.scaling / latents.std().item(), 5))
     save_module(module, shop.model / "vae.safetensors")
     write_config(shop.model, dataclasses.replace(shop.config, vae=sizes))
