@@ -1,4 +1,4 @@
-"""The site of the chapters: it builds and reads offline, with the notebooks' own outputs and MathJax beside the pages."""
+"""The site of the chapters: it builds and reads offline, with the outputs of the notebooks and its own MathJax."""
 
 import shutil
 from importlib.util import find_spec

@@ -148,7 +148,7 @@ def check_output(path: str | Path, suffix: str = ".png", force: bool = False) ->
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists and is not overwritten; choose another name, or pass force=True (--force)")
+        raise FileExistsError(f"{path} exists and is kept; choose another name, or pass force=True (--force)")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK):
