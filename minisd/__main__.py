@@ -1,4 +1,4 @@
-"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | train | info`."""
+"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | train | eval | info`."""
 
 from __future__ import annotations
 
@@ -178,6 +178,31 @@ def train(
         bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
 
 
+@app.command("eval")
+def evaluate(
+    n: Annotated[int, typer.Option("--n", "-n", help="How many prompts.")] = 200,
+    split: Annotated[str, typer.Option(help="Which combinations of words: train, held-out, all.")] = "held-out",
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of prompts.")] = 0,
+    model: Model = None,
+    device: Device = "cpu",
+) -> None:
+    """Draw from many prompts and count what an independent network reads back from the pictures."""
+    import torch
+
+    from .critters import Scene
+    from .evaluate import load_oracle, measure
+    from .pipeline import load
+
+    generator = torch.Generator().manual_seed(checks.integer("seed", seed, 0, checks.MAX_SEED))
+    scenes = [Scene.sample(generator, split) for _ in range(checks.integer("n", n, 1, 100_000))]
+    counts = measure(load(model, device=device), load_oracle(), scenes, steps=steps, guidance=guidance)
+    for name, count in counts.items():
+        low, high = count.interval()
+        typer.echo(f"{name:11} {count.right:4} of {count.total:4}  {count.share:6.1%}  (99%: {low:.1%} to {high:.1%})")
+
+
 @app.command()
 def info(file: Annotated[Path, typer.Argument(help="A PNG, or a safetensors file.", show_default=False)]) -> None:
     """Show a picture's settings, or what a file of weights holds."""
@@ -203,7 +228,7 @@ def _printable(text: str) -> str:
 
 def main() -> None:
     """Run the command line; a prompt in the place of a command draws it. Bad input ends with one line and status 2."""
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in commands | {"--help"}:
         arguments.insert(0, "draw")

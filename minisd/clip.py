@@ -52,7 +52,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def forward(self, ids: Int[Tensor, "b n"], skip_last: int | None = None) -> Float[Tensor, "b n c"]:
-        """Context for the U-Net. `skip_last` leaves out so many blocks at the end ("clip skip"), else as the config says."""
+        """Context for the U-Net. `skip_last` leaves out so many blocks at the end ("clip skip"; None: config's)."""
         skip = self.config.skip_last if skip_last is None else skip_last
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
         for block in self.blocks[: len(self.blocks) - skip]:

@@ -206,13 +206,16 @@ class StableDiffusion:
         )
 
     def _check_memory(self, count: int, width: int, height: int) -> None:
-        """Refuse what can't fit, before it is tried: the decoder's widest feature maps, a picture at a time."""
-        needed = 6 * 4 * max(self.vae.config.widths[:2]) * width * height
+        """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level, 4 bytes a number."""
+        pixels, vae, unet = width * height, self.vae.config, self.unet.config
+        decoder = 6 * 4 * max(vae.widths[:2]) * pixels  # one picture at a time
+        predictor = 24 * 4 * unet.widths[0] * 2 * count * pixels // vae.factor**2  # all pictures, doubled by guidance
+        needed = max(decoder, predictor)
         free = _free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{width} x {height} pixels need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                "choose a smaller size"
+                f"{count} of {width} x {height} pixels need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+                "free; choose a smaller size or fewer pictures"
             )
 
 

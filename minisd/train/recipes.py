@@ -26,6 +26,7 @@ from .loop import Record, TrainConfig, fit
 from .losses import clip_loss, diffusion_loss, vae_loss
 
 RENDERS = 8_000
+CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=3_000, batch=16, rate=1.5e-3, ema=0.998, half=True)
 CLIP_RUN = TrainConfig(steps=1_500, batch=64, rate=1e-3, weight_decay=0.1, half=True)
@@ -53,6 +54,10 @@ class Workshop:
         """The model's config as far as it is known: recipes fill in what they measure."""
         return read_config(self.model) if (self.model / "config.json").exists() else CRITTERS_128
 
+    def clip(self) -> CLIP:
+        """A fresh mini CLIP: the model's text tower, and an image tower for pictures of its size."""
+        return CLIP(self.config.text, dataclasses.replace(CRITTERS_IMAGE_TOWER, size=self.config.size))
+
     def data(self) -> Renders:
         """The renders, made on first use."""
         return Renders(self.folder / "renders", self.renders, self.config.size, device=self.device)
@@ -78,9 +83,9 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
 
 
 def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
-    """The tokenizer, trained on 50,000 captions; then both towers of the mini CLIP."""
+    """The tokenizer, trained on captions alone; then both towers of the mini CLIP."""
     generator = torch.Generator().manual_seed(run.seed)
-    captions = [caption(Scene.sample(generator), generator) for _ in range(50_000)]
+    captions = [caption(Scene.sample(generator), generator) for _ in range(CAPTIONS)]
     Tokenizer.train(captions, shop.config.text.vocabulary).save(shop.model / "tokenizer.txt")
     tokenizer = read_tokenizer(shop.model, shop.config)
     write_config(
@@ -88,7 +93,7 @@ def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
         dataclasses.replace(shop.config, text=dataclasses.replace(shop.config.text, vocabulary=len(tokenizer))),
     )
     torch.manual_seed(run.seed)
-    module = CLIP(shop.config.text, CRITTERS_IMAGE_TOWER)
+    module = shop.clip()
     yield from shop.run("clip", module, clip_loss, Captioned(shop.data(), tokenizer), run)
     save_module(module.text, shop.model / "text.safetensors")
     save_module(module.image, shop.model / "image_tower.safetensors")
@@ -97,12 +102,11 @@ def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
 def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     """The noise predictor, on latents of the finished autoencoder and contexts of the finished text tower."""
     config = shop.config
-    text = CLIP(config.text, CRITTERS_IMAGE_TOWER).text
     tokenizer = read_tokenizer(shop.model, config)
     data = Latents(
         shop.data(),
         read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device),
-        read_module(text, shop.model / "text.safetensors").to(shop.device),
+        read_module(shop.clip().text, shop.model / "text.safetensors").to(shop.device),
         tokenizer,
         SCHEDULES[config.schedule.name](config.schedule.steps),
     )

@@ -1,0 +1,103 @@
+"""Measures of what a model draws: does it do what the prompt says, does it look like the data, does it vary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from .critters import Scene, prompt
+from .critters.oracle import Oracle, shown
+from .image import from_pil
+from .pipeline import StableDiffusion
+from .weights import assets, read_module
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many right out of so many."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.total if self.total else math.nan
+
+    def interval(self, z: float = 2.576) -> tuple[float, float]:
+        """Where the true share lies with 99% confidence (Wilson 1927); `z` is the normal quantile."""
+        n, p = self.total, self.share
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return centre - half, centre + half
+
+
+def adherence(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> dict[str, Count]:
+    """How often what was read from each picture is what its scene says, by attribute; what a style can't show is not
+    counted.
+
+    scenes: what the prompts said; readings: what the oracle read, attribute by attribute.
+    """
+    counts = {}
+    for name in readings[0]:
+        pairs = [
+            (getattr(scene, name), reading[name])
+            for scene, reading in zip(scenes, readings, strict=True)
+            if shown(scene, name)
+        ]
+        counts[name] = Count(sum(said == read for said, read in pairs), len(pairs))
+    return counts
+
+
+def load_oracle() -> Oracle:
+    """The bundled oracle."""
+    return read_module(Oracle(), assets() / "models" / "oracle.safetensors")
+
+
+def measure(
+    sd: StableDiffusion, oracle: Oracle, scenes: Sequence[Scene], batch: int = 20, **settings: Any
+) -> dict[str, Count]:
+    """Draw each scene's full prompt once, with seeds 0, 1, 2 ..., and count what the oracle reads back.
+
+    `settings` go to `sd.text_to_image`. The counts hold the oracle's own mistakes too: compare with its accuracy.
+    """
+    readings = []
+    for first in tqdm(range(0, len(scenes), batch), desc="drawing"):
+        some = [prompt(scene) for scene in scenes[first : first + batch]]
+        pictures = sd(some, seed=first, progress=False, **settings)
+        readings += oracle.read(from_pil(pictures))
+    return adherence(scenes, readings)
+
+
+def psnr(
+    a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"], mask: Float[Tensor, "b 1 h w"] | None = None
+) -> Float[Tensor, "b"]:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over a mask if one is given: `-10 log10(mse / 4)`."""
+    square = (a - b).square()
+    weight = torch.ones_like(square[:, :1]) if mask is None else mask
+    mse = (square * weight).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * a.shape[1])
+    return -10 * (mse / 4).log10()
+
+
+def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Distance of two sets of features, each taken for a Gaussian (Heusel et al. 2017, equation 6).
+
+    `|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))` with covariances A and B; it falls with n, so compare at equal n.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # tr (A B)^(1/2), by a symmetric form
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def diversity(features: Float[Tensor, "n d"]) -> float:
+    """Mean distance between the features of different pictures, of one prompt say."""
+    return float(torch.pdist(features.double()).mean())
