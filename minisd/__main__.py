@@ -170,7 +170,7 @@ def train(
     function, run = RECIPES[recipe]
     if steps is not None:
         run = dataclasses.replace(run, steps=checks.integer("steps", steps, 1, 10**9))
-    shop = Workshop(folder, start_processes(), checks.integer("renders", renders or RENDERS, 1, 10**9))
+    shop = Workshop(folder, start_processes(), checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9))
     bar = tqdm(function(shop, run), total=run.steps, desc=recipe)
     for record in bar:
         bar.n = record.step - 1  # a resumed run starts further on
@@ -211,7 +211,7 @@ def info(file: Annotated[Path, typer.Argument(help="A PNG, or a safetensors file
 
         tensors = read_tensors(file)
         for name, tensor in tensors.items():
-            typer.echo(f"{name:60} {list(tensor.shape)!s:24} {str(tensor.dtype).removeprefix('torch.')}")
+            typer.echo(f"{_printable(name):60} {list(tensor.shape)!s:24} {str(tensor.dtype).removeprefix('torch.')}")
         typer.echo(f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
         return
     settings = images.read_metadata(file)

@@ -31,7 +31,7 @@ def number(name: str, value: object, low: float, high: float) -> float:
 def prompts(value: object, what: str = "prompt") -> list[str]:
     """One prompt or several, as a list of at least one."""
     several = [value] if isinstance(value, str) else value
-    if not isinstance(several, Sequence) or not several:
+    if not isinstance(several, Sequence) or isinstance(several, bytes) or not several:
         raise ValueError(f"the {what} is {value!r}; it must be text, or a list of at least one text")
     for i, text in enumerate(several):
         if not isinstance(text, str):

@@ -105,7 +105,7 @@ CRITTERS_128 = ModelConfig(
     size=128,
     prediction="v",
     guidance=4.0,
-    unet=UNetConfig(widths=(48, 96, 144), blocks=1, attention=(True,) * 3, heads=6, context_dim=128, groups=12),
+    unet=UNetConfig(widths=(48, 96, 144), blocks=1, attention=(True,) * 3, heads=3, context_dim=128, groups=12),
     vae=VAEConfig(widths=(16, 32, 64, 128), blocks=1, groups=4, scaling=1.0),
     text=TextConfig(vocabulary=1024, width=128, layers=4, heads=4, projection=128),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,11 @@ class StableDiffusion:
     def encode_text(self, prompts: str | Sequence[str]) -> Float[Tensor, "b n d"]:
         """The context of one prompt or several. Words beyond the last place are dropped, and named in a warning."""
         prompts = checks.prompts(prompts)
-        for prompt in prompts:
-            ids = self.tokenizer.encode(prompt)
+        for i, prompt in enumerate(prompts):
+            try:
+                ids = self.tokenizer.encode(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt number {i}: {error}") from None
             if len(ids) > self.tokenizer.room:
                 dropped = self.tokenizer.decode(ids[self.tokenizer.room :])
                 warnings.warn(
@@ -167,6 +171,8 @@ class StableDiffusion:
         strength = checks.number("strength", strength, 0, 1)
         factor = self.vae.config.factor
         picture = images.fit(images.to_rgb(picture), multiple=factor)
+        if not isinstance(mask, Image.Image):
+            raise ValueError(f"the mask is a PIL image, not {type(mask).__name__}; minisd.image.read opens a file")
         mask = images.to_rgb(mask, background="black").convert("L")
         if mask.size != picture.size:
             warnings.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized", stacklevel=2)
@@ -214,7 +220,7 @@ class StableDiffusion:
         free = _free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{count} of {width} x {height} pixels need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+                f"{count} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
                 "free; choose a smaller size or fewer pictures"
             )
 
@@ -280,10 +286,11 @@ class _Run:
             x = latent + sigmas[0] * noise()
         blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
         trail = self.sampler(blended, x, sigmas, noise)
-        for step, (x, _) in enumerate(tqdm(trail, total=len(sigmas) - 1, disable=not self.progress), start=1):
-            if not x.isfinite().all():
-                raise ValueError(f"the latents are no longer finite after step {step}; lower the guidance or add steps")
-        pixels = torch.cat([sd.decode(z) for z in x.split(1)])
+        with _naming_the_knob():
+            for step, (x, _) in enumerate(tqdm(trail, total=len(sigmas) - 1, disable=not self.progress), start=1):
+                if not x.isfinite().all():
+                    raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
+            pixels = torch.cat([sd.decode(z) for z in x.split(1)])
         return self.finish(images.to_pil(pixels))
 
     def finish(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
@@ -291,6 +298,15 @@ class _Run:
         for picture, prompt, negative, seed in zip(pictures, self.prompts, self.negatives, self.seeds, strict=True):
             picture.info = {"prompt": prompt, "negative": negative, "seed": seed, **self.settings}
         return pictures[0] if self.single else pictures
+
+
+@contextmanager
+def _naming_the_knob() -> Iterator[None]:
+    """What to do about a device that runs out of memory all the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error}; choose a smaller size or fewer pictures") from error
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -32,6 +32,8 @@ def resolve(model: str | Path | None) -> Path:
     bundled = sorted(p.parent.name for p in (assets() / "models").glob("*/config.json"))
     if model is None:
         model = BUNDLED
+    if not isinstance(model, str | Path):
+        raise CheckpointError(f"the model is {model!r}; it must be a folder, or the name of a bundled one")
     for folder in (Path(model), assets() / "models" / model):
         if (folder / "config.json").is_file():
             return folder

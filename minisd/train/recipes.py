@@ -28,9 +28,9 @@ from .losses import clip_loss, diffusion_loss, vae_loss
 RENDERS = 8_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
-VAE_RUN = TrainConfig(steps=3_000, batch=16, rate=1.5e-3, ema=0.998, half=True)
-CLIP_RUN = TrainConfig(steps=1_500, batch=64, rate=1e-3, weight_decay=0.1, half=True)
-UNET_RUN = TrainConfig(steps=6_000, batch=32, rate=1e-3, ema=0.999, half=True)
+VAE_RUN = TrainConfig(steps=1_500, batch=16, rate=1.5e-3, ema=0.998, half=True)
+CLIP_RUN = TrainConfig(steps=1_000, batch=64, rate=1e-3, weight_decay=0.1)
+UNET_RUN = TrainConfig(steps=4_000, batch=32, rate=1e-3, ema=0.999)
 
 
 @dataclasses.dataclass(frozen=True)
