@@ -156,7 +156,7 @@ def inpaint(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, clip or unet, in this order.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="vae, clip, unet, in this order; or oracle.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,

@@ -1,7 +1,7 @@
-"""The recipes of the bundled model, in the order they are run: renders, `vae`, `clip`, `unet`.
+"""The recipes of the bundled model, in the order they are run: `vae`, `clip`, `unet`; and the `oracle` to measure it.
 
 Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own
-part. When all have run, `minisd.load(folder / "model")` draws.
+part. When the three have run, `minisd.load(folder / "model")` draws.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from ..clip import CLIP
 from ..config import CRITTERS_128, CRITTERS_IMAGE_TOWER, ModelConfig
 from ..critters import Scene, caption
+from ..critters.oracle import Examples, Oracle, oracle_loss
 from ..pipeline import SCHEDULES
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -29,8 +30,11 @@ RENDERS = 8_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=1_500, batch=16, rate=1.5e-3, ema=0.998, half=True)
-CLIP_RUN = TrainConfig(steps=1_000, batch=64, rate=1e-3, weight_decay=0.1)
+CLIP_RUN = TrainConfig(steps=500, batch=64, rate=1e-3, weight_decay=0.1)
 UNET_RUN = TrainConfig(steps=4_000, batch=32, rate=1e-3, ema=0.999)
+ORACLE_RUN = TrainConfig(
+    steps=1_500, batch=32, rate=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,4 +121,12 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     write_config(shop.model, config)
 
 
-RECIPES = {"vae": (vae, VAE_RUN), "clip": (clip, CLIP_RUN), "unet": (unet, UNET_RUN)}
+def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
+    """The network that reads attributes back from pictures, on the same renders."""
+    torch.manual_seed(run.seed)
+    module, data = Oracle(), shop.data()
+    yield from shop.run("oracle", module, oracle_loss, Examples(torch.from_numpy(data.images), data.scenes), run)
+    save_module(module, shop.folder / "oracle.safetensors")
+
+
+RECIPES = {"vae": (vae, VAE_RUN), "clip": (clip, CLIP_RUN), "unet": (unet, UNET_RUN), "oracle": (oracle, ORACLE_RUN)}

@@ -1,0 +1,45 @@
+"""What is bundled: every file named with its SHA-256 beside it, small enough, and able to draw."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minisd
+from minisd.files import sha256
+from minisd.weights import assets
+
+WEIGHTS = sorted((assets() / "models").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda p: p.name)
+def test_every_file_of_weights_is_the_one_its_card_describes(path):
+    assert sha256(path) in (assets() / "models" / "README.md").read_text(encoding="utf-8")
+
+
+def test_all_weights_stay_below_40_mib():
+    assert 0 < sum(path.stat().st_size for path in WEIGHTS) < 40 * 2**20
+
+
+def test_the_vocabulary_is_the_published_one():
+    card = (assets() / "vocab" / "README.md").read_text(encoding="utf-8")
+    assert sha256(assets() / "vocab" / "bpe_simple_vocab_16e6.txt.gz") in card
+
+
+def test_the_bundled_model_draws_what_the_prompt_says_in_colour():
+    """Two furs far apart, the same seeds: the darker word must draw the darker animal in every pair."""
+    sd = minisd.load()
+    seeds = {"n": 3, "seed": 0, "steps": 10, "progress": False}
+    white, black = (
+        np.stack([np.asarray(p) for p in sd(f"a 3d render portrait of a {fur} cat on the grass", **seeds)])
+        for fur in ("white", "black")
+    )
+    middle = slice(48, 80)
+    assert (white[:, middle, middle].mean((1, 2, 3)) > black[:, middle, middle].mean((1, 2, 3)) + 30).all()
+
+
+def test_the_schedule_of_the_bundled_model_is_stable_diffusions():
+    sd = minisd.load()
+    assert torch.allclose(sd.schedule.alpha_bar, minisd.schedule.scaled_linear().alpha_bar)
+    assert Path(assets() / "models" / "critters-128" / "config.json").is_file()
