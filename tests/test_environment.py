@@ -76,7 +76,7 @@ def third_party(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
-    ours = {"minisd", "build", "conftest"}
+    ours = {"minisd", "build", *(helper.stem for helper in (ROOT / "tests").glob("*.py"))}
     return names - ours - sys.stdlib_module_names
 
 

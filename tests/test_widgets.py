@@ -76,7 +76,7 @@ def test_the_latest_position_wins(kernel, slider):
         kernel.move(slider, index)
     kernel.settled()
     positions = drawn(kernel)
-    assert positions[-1] == 99 and len(positions) < 5  # 40 pictures would take 8 s, and a hand has long gone on
+    assert positions[-1] == 99 and len(positions) < 20  # 3 on an idle machine; 40 pictures would take 8 s
     assert kernel.run("import io; print(Image.open(io.BytesIO(view._picture.value)).getpixel((0, 0)))") == "(99, 0, 0)"
 
 
