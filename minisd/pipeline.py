@@ -247,6 +247,7 @@ class _Run:
         steps = checks.integer("steps", steps, 1, sd.config.schedule.steps)
         if not callable(sampler):
             raise ValueError(f"sampler is {sampler!r}; it must be a function such as minisd.samplers.euler")
+        checks.number("eta", getattr(sampler, "keywords", {}).get("eta", 0), 0, 1)  # of a functools.partial
         self.plan = plan(sd.schedule, steps, schedule)
         self.guidance = checks.number("guidance", sd.config.guidance if guidance is None else guidance, 0, MAX_GUIDANCE)
         self.rescale = checks.number("rescale", rescale, 0, 1)

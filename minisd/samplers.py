@@ -48,8 +48,6 @@ def ancestral(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noi
     `eta` scales the fresh part: 0 is `euler`; 1 draws from the posterior q(x_next | x, x0) of the forward process, as
     DDPM (Ho et al. 2020, eq. 7) and k-diffusion's "Euler ancestral" do. A step to 0 adds no noise.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta!r}; it must be a number from 0 to 1")
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         eps = (x - x0) / sigma
