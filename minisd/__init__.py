@@ -5,10 +5,10 @@
 >>> picture = sd("a watercolor of an orange cat with blue eyes on a beach", seed=7)
 """
 
-from . import samplers, schedule
+from . import image, samplers, schedule
 from .config import ModelConfig
 from .files import CheckpointError
 from .pipeline import StableDiffusion, load
 
-__all__ = ["CheckpointError", "ModelConfig", "StableDiffusion", "load", "samplers", "schedule"]
+__all__ = ["CheckpointError", "ModelConfig", "StableDiffusion", "image", "load", "samplers", "schedule"]
 __version__ = "0.1.0"

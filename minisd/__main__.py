@@ -15,7 +15,7 @@ from . import image as images
 
 SAMPLERS = {
     name: getattr(samplers, name)
-    for name in ("ddim", "ddpm", "dpmpp_2m", "euler", "euler_a", "heun", "lcm", "lms", "plms")
+    for name in ("ancestral", "ddim", "ddpm", "dpmpp_2m", "euler", "euler_a", "heun", "lcm", "lms", "plms")
 }
 
 app = typer.Typer(
@@ -149,8 +149,9 @@ def inpaint(
     source, white = images.read(picture), images.read(mask, background="black")
     sd = load(model, device=device)
     _save(
-        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings), paths,
-        force
+        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings),
+        paths,
+        force,
     )
 
 
@@ -162,7 +163,7 @@ def train(
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
     """Train a part of the bundled model; a stopped run goes on where it was. Under torchrun, on many devices."""
-    from .train.loop import start_processes
+    from .train.loop import share, start_processes
     from .train.recipes import RECIPES, RENDERS, Workshop
 
     if recipe not in RECIPES:
@@ -170,12 +171,13 @@ def train(
     function, run = RECIPES[recipe]
     if steps is not None:
         run = dataclasses.replace(run, steps=checks.integer("steps", steps, 1, 10**9))
-    shop = Workshop(folder, start_processes(), checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9))
-    bar = tqdm(function(shop, run), total=run.steps, desc=recipe)
-    for record in bar:
-        bar.n = record.step - 1  # a resumed run starts further on
-        shown = {"loss": record.loss, **record.parts}
-        bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
+    renders = checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9)
+    shop = Workshop(folder, start_processes(), renders)
+    with tqdm(total=run.steps, desc=recipe, disable=share()[0] > 0) as bar:
+        for record in function(shop, run):
+            shown = {"loss": record.loss, **record.parts}
+            bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
+            bar.update(record.step - bar.n)  # a resumed run starts further on
 
 
 @app.command("eval")
@@ -218,7 +220,7 @@ def info(file: Annotated[Path, typer.Argument(help="A PNG, or a safetensors file
     if not settings:
         typer.echo(f"{file} holds no settings")
     for key, value in settings.items():
-        typer.echo(f"{key}: {_printable(value)}")
+        typer.echo(f"{_printable(key)}: {_printable(value)}")
 
 
 def _printable(text: str) -> str:
@@ -234,12 +236,9 @@ def main() -> None:
         arguments.insert(0, "draw")
     try:
         app(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         typer.echo(f"minisd: {_printable(str(error))}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("minisd: stopped", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def prompts(value: object, what: str = "prompt") -> list[str]:
     for i, text in enumerate(several):
         if not isinstance(text, str):
             raise ValueError(f"{what} number {i} is {text!r} ({type(text).__name__}); it must be text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what} number {i} holds half a character, {text[error.start]!r}, at position {error.start}; remove it"
+            ) from None
     return list(several)
 
 

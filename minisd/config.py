@@ -24,7 +24,6 @@ class UNetConfig:
     head_dim: int | None = None  # ... or a fixed width of each head (v2)
     context_dim: int | None = 768  # None: no cross-attention, an unconditional model
     groups: int = 32  # of every GroupNorm; keep at least 4 channels a group
-    linear_projection: bool = False  # v2 enters and leaves its transformers by Linear, v1 by 1x1 convolution
 
 
 @dataclass(frozen=True)

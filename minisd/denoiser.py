@@ -28,6 +28,7 @@ def to_x0(
         return x - sigma * prediction
     if kind == "v":
         return alpha_bar * x - (1 - alpha_bar).sqrt() * prediction
+    assert kind == "x0", kind
     return prediction
 
 
@@ -46,36 +47,37 @@ def guide(
     return guided
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Denoiser:
-    """`denoise(x, sigma)`, the predicted clean sample, for given prompts: a network, its schedule, contexts and
-    guidance.
+    """`denoise(x, sigma)`, the predicted clean sample: a network, its schedule, what it is told, and how loudly.
 
-    `context` [b n d] is the encoded prompts, `negative` what to steer away from (the empty prompt by default); without
-    it, or at guidance 1, the network runs once a step, else once on a batch of both.
+    `context` is the encoded prompt, or one a sample; `negative` what to steer away from, such as the encoded empty
+    prompt. At guidance 1 the network runs on `context` alone, else once on a batch of both, which takes a `negative`.
     The network runs in its own dtype and device; the result comes back in those of `x`.
     """
 
     unet: UNet
     schedule: NoiseSchedule
     kind: Prediction
-    context: Float[Tensor, "b n d"] | None = None
-    negative: Float[Tensor, "b n d"] | None = None
+    context: Float[Tensor, "#b n d"] | None = None
+    negative: Float[Tensor, "#b n d"] | None = None
     guidance: float = 1.0
     rescale: float = 0.0
+
+    def __post_init__(self):
+        if self.guidance != 1 and (self.context is None or self.negative is None):
+            raise ValueError(f'guidance {self.guidance} needs a context and a negative one, such as encode_text("")')
 
     def predict(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:
         """The network's raw prediction, guided."""
         weight = self.unet.conv_in.weight
-        x_t = (x / (1 + sigma**2).sqrt()).to(weight.device, weight.dtype)
-        t = self.schedule.t(sigma).to(weight.device, torch.float32).expand(len(x))
-        if self.negative is None or self.guidance == 1:
-            prediction = self.unet(x_t, t, self.context)
-        else:
-            context = torch.cat([self.negative, self.context])
-            uncond, cond = self.unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), context).to(x.dtype).chunk(2)
-            prediction = guide(cond, uncond, self.guidance, self.rescale)
-        return prediction.to(x.device, x.dtype)
+        x_t = (x / (1 + sigma**2).sqrt()).to(weight)
+        t = self.schedule.t(sigma.cpu()).to(weight.device, torch.float32).expand(len(x))
+        told = [c.to(weight).expand(len(x), -1, -1) for c in (self.negative, self.context) if c is not None]
+        if self.guidance == 1:
+            return self.unet(x_t, t, told[-1] if told else None).to(x)
+        uncond, cond = self.unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat(told)).to(x).chunk(2)
+        return guide(cond, uncond, self.guidance, self.rescale)
 
     def __call__(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:
         return to_x0(self.predict(x, sigma), x, sigma, self.kind)

@@ -31,10 +31,13 @@ class Count:
         return self.right / self.total if self.total else math.nan
 
     def interval(self, z: float = 2.576) -> tuple[float, float]:
-        """Where the true share lies with 99% confidence (Wilson 1927); `z` is the normal quantile."""
-        n, p = self.total, self.share
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        """Where the true share lies with 99% confidence (Wilson 1927); `z` is the normal quantile.
+
+        Nothing counted says nothing: 0 to 1.
+        """
+        n, k = self.total, self.right
+        centre = (k + z * z / 2) / (n + z * z)
+        half = z / (n + z * z) * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
         return centre - half, centre + half
 
 

@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A crash at any moment leaves the old file or the new one, never half of either.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.part")  # the same name each time: what a crash left is overwritten
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -43,8 +43,11 @@ def sha256(path: Path) -> str:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
     """Write tensors as safetensors, floating point ones in `dtype`."""
     stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity in {dtype}; nothing is written")
     with replacing(path) as temporary:
-        safetensors.torch.save_file(stored, temporary)
+        safetensors.torch.save_file(stored, temporary, metadata={"format": "pt"})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -62,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # float8 knows no isfinite
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
     return tensors
 

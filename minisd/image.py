@@ -21,6 +21,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from .files import replacing
+
 MAX_PIXELS = 89_000_000  # a larger picture is taken for a decompression bomb
 
 
@@ -177,13 +179,9 @@ def save_gif(images: Sequence[Image.Image], path: str | Path, *, milliseconds: i
 
 
 def _write(path: Path, image: Image.Image, **options) -> Path:
-    """Encodes in memory, writes beside the target and renames, so that no one ever sees half a picture."""
+    """Encodes in memory first, so that a picture that can't be encoded touches no file."""
     buffer = io.BytesIO()
     image.save(buffer, path.suffix[1:], **options)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

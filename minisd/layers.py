@@ -115,33 +115,24 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, each pixel a token (Rombach et al. 2022, section 3.3).
 
-    `linear` enters and leaves by a Linear layer (v2) instead of a 1x1 convolution (v1): the same numbers, another
-    layout.
+    `proj_in` and `proj_out` are 1x1 convolutions in the files of Stable Diffusion v1: the same numbers as a Linear.
     """
 
-    def __init__(self, width: int, heads: int, context_dim: int | None, groups: int, linear: bool = False):
+    def __init__(self, width: int, heads: int, context_dim: int | None, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.linear = linear
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width)
         self.block = TransformerBlock(width, heads, context_dim)
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b c h w"]:
-        height = x.shape[2]
-        h = self.norm(x)
-        h = h if self.linear else self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # b c h w -> b (h w) c
-        h = self.proj_in(h) if self.linear else h
-        h = self.block(h, context)
-        h = self.proj_out(h) if self.linear else h
-        h = h.transpose(1, 2).unflatten(2, (height, -1))  # b (h w) c -> b c h w
-        h = h if self.linear else self.proj_out(h)
-        return x + h
+        h = self.norm(x).flatten(2).transpose(1, 2)  # b c h w -> b (h w) c
+        h = self.proj_out(self.block(self.proj_in(h), context))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # b (h w) c -> b c h w
 
 
 class Downsample(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +23,12 @@ from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
-from .schedule import NoiseSchedule, cosine, linear, plan, scaled_linear
+from .schedule import SCHEDULES, NoiseSchedule, plan
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 from .weights import read_parts, resolve
 
-SCHEDULES = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}
 MAX_GUIDANCE = 100.0
 
 
@@ -50,10 +51,10 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
-    def to(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
-        """Move all three networks; returns the pipeline itself."""
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+        """Move all three networks, cast them, or both; returns the pipeline itself."""
         for module in (self.text, self.unet, self.vae):
-            module.to(device, dtype)
+            module.to(device=device, dtype=dtype)
         return self
 
     # The parts
@@ -62,11 +63,8 @@ class StableDiffusion:
     def encode_text(self, prompts: str | Sequence[str]) -> Float[Tensor, "b n d"]:
         """The context of one prompt or several. Words beyond the last place are dropped, and named in a warning."""
         prompts = checks.prompts(prompts)
-        for i, prompt in enumerate(prompts):
-            try:
-                ids = self.tokenizer.encode(prompt)
-            except ValueError as error:
-                raise ValueError(f"prompt number {i}: {error}") from None
+        for prompt in dict.fromkeys(prompts):
+            ids = self.tokenizer.encode(prompt)
             if len(ids) > self.tokenizer.room:
                 dropped = self.tokenizer.decode(ids[self.tokenizer.room :])
                 warnings.warn(
@@ -170,14 +168,15 @@ class StableDiffusion:
         """
         strength = checks.number("strength", strength, 0, 1)
         factor = self.vae.config.factor
-        picture = images.fit(images.to_rgb(picture), multiple=factor)
+        picture = images.to_rgb(picture)
         if not isinstance(mask, Image.Image):
             raise ValueError(f"the mask is a PIL image, not {type(mask).__name__}; minisd.image.read opens a file")
         mask = images.to_rgb(mask, background="black").convert("L")
         if mask.size != picture.size:
             warnings.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized", stacklevel=2)
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
-        mask = mask.point(lambda value: 255 * (value >= 128))
+        picture = images.fit(picture, multiple=factor)
+        mask = images.fit(mask, picture.size).point(lambda value: 255 * (value >= 128))  # cropped as the picture is
         run = self._run(prompt, negative, seed, n, strength=strength, **settings)
         self._check_memory(run.count, *picture.size)
         if mask.getextrema() == (0, 0):
@@ -201,7 +200,7 @@ class StableDiffusion:
         negatives = checks.matching(negative, "negative prompt", prompts)
         count = n * len(prompts)
         if seed is None:
-            seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))))
+            seed = secrets.randbelow(2**31)
         return _Run(
             self,
             prompts=[p for p in prompts for _ in range(n)],
@@ -212,17 +211,46 @@ class StableDiffusion:
         )
 
     def _check_memory(self, count: int, width: int, height: int) -> None:
-        """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level, 4 bytes a number."""
-        pixels, vae, unet = width * height, self.vae.config, self.unet.config
-        decoder = 6 * 4 * max(vae.widths[:2]) * pixels  # one picture at a time
-        predictor = 24 * 4 * unet.widths[0] * 2 * count * pixels // vae.factor**2  # all pictures, doubled by guidance
+        """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level."""
+        pixels, vae, unet, bytes_ = width * height, self.vae.config, self.unet.config, self.dtype.itemsize
+        decoder = 6 * bytes_ * max(vae.widths[:2]) * pixels  # one picture at a time
+        predictor = 40 * bytes_ * unet.widths[0] * 2 * count * pixels // vae.factor**2  # all, doubled by guidance
         needed = max(decoder, predictor)
         free = _free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{count} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
-                "free; choose a smaller size or fewer pictures"
+                f"{count} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, there are "
+                f"{free / 2**30:.1f}; choose a smaller size or fewer pictures"
             )
+
+
+def _name(sampler: Callable) -> str:
+    """`ancestral`, or `ancestral(eta=0.5)` where its knobs are set."""
+    if isinstance(sampler, functools.partial):
+        return f"{_name(sampler.func)}({', '.join(f'{knob}={value!r}' for knob, value in sampler.keywords.items())})"
+    return getattr(sampler, "__name__", type(sampler).__name__)
+
+
+@contextmanager
+def _naming_the_knob() -> Iterator[None]:
+    """What to do about a device that runs out of memory all the same: CUDA says so by type, the others by text."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise MemoryError(f"{error}; choose a smaller size or fewer pictures") from error
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes to be had on a device, where the system tells: what is free, and what can be freed for the asking."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all: "available" leaves out the file cache
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 class _Run:
@@ -247,20 +275,24 @@ class _Run:
         steps = checks.integer("steps", steps, 1, sd.config.schedule.steps)
         if not callable(sampler):
             raise ValueError(f"sampler is {sampler!r}; it must be a function such as minisd.samplers.euler")
-        checks.number("eta", getattr(sampler, "keywords", {}).get("eta", 0), 0, 1)  # of a functools.partial
+        if isinstance(sampler, functools.partial) and "eta" in sampler.keywords:
+            checks.number("eta", sampler.keywords["eta"], 0, 1)
         self.plan = plan(sd.schedule, steps, schedule)
         self.guidance = checks.number("guidance", sd.config.guidance if guidance is None else guidance, 0, MAX_GUIDANCE)
+        if self.guidance == 1 and any(negatives):
+            warnings.warn("a negative prompt has no effect at guidance 1", stacklevel=4)
         self.rescale = checks.number("rescale", rescale, 0, 1)
         self.sampler, self.strength, self.progress = sampler, strength, progress
         self.settings = {
             "model": sd.config.name, "steps": steps, "guidance": self.guidance, "rescale": self.rescale,
-            "sampler": getattr(sampler, "__name__", repr(sampler)), "schedule": schedule, "strength": strength,
+            "sampler": _name(sampler), "schedule": schedule, "strength": strength,
         }  # fmt: skip
 
     @property
     def count(self) -> int:
         return len(self.prompts)
 
+    @_naming_the_knob()
     @torch.no_grad()
     def draw(
         self,
@@ -287,11 +319,10 @@ class _Run:
             x = latent + sigmas[0] * noise()
         blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
         trail = self.sampler(blended, x, sigmas, noise)
-        with _naming_the_knob():
-            for step, (x, _) in enumerate(tqdm(trail, total=len(sigmas) - 1, disable=not self.progress), start=1):
-                if not x.isfinite().all():
-                    raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
-            pixels = torch.cat([sd.decode(z) for z in x.split(1)])
+        for step, (x, _) in enumerate(tqdm(trail, total=len(sigmas) - 1, disable=not self.progress), start=1):
+            if not x.isfinite().all():
+                raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
+        pixels = torch.cat([sd.decode(z) for z in x.split(1)])
         return self.finish(images.to_pil(pixels))
 
     def finish(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
@@ -299,25 +330,6 @@ class _Run:
         for picture, prompt, negative, seed in zip(pictures, self.prompts, self.negatives, self.seeds, strict=True):
             picture.info = {"prompt": prompt, "negative": negative, "seed": seed, **self.settings}
         return pictures[0] if self.single else pictures
-
-
-@contextmanager
-def _naming_the_knob() -> Iterator[None]:
-    """What to do about a device that runs out of memory all the same."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error}; choose a smaller size or fewer pictures") from error
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes to be had on a device, where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -85,7 +85,7 @@ def arrows(x: Float[Tensor, "n 2"], dx: Float[Tensor, "n 2"], color: str = "blac
 
     def draw(axes: Axes) -> None:
         start, step = (v.detach().cpu().numpy().T for v in (x, dx))
-        axes.quiver(*start, *step, color=color, angles="xy", scale_units="xy", scale=1, width=0.006)
+        axes.quiver(*start, *step, color=color, angles="xy", scale_units="xy", scale=1, width=0.004)
         _plane(axes, limit)
 
     return draw

@@ -88,6 +88,9 @@ def cosine(T: int = 1000) -> NoiseSchedule:
     return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
+SCHEDULES = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}  # by the names in a config
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The noise levels that a run of n steps visits.

@@ -19,9 +19,7 @@ class Block(nn.Module):
         self.residual = ResidualBlock(in_channels, out_channels, config.groups, temb_dim=4 * config.widths[0])
         heads = config.heads or out_channels // config.head_dim
         self.transformer = (
-            SpatialTransformer(out_channels, heads, config.context_dim, config.groups, config.linear_projection)
-            if attention
-            else None
+            SpatialTransformer(out_channels, heads, config.context_dim, config.groups) if attention else None
         )
 
     def forward(
@@ -56,9 +54,7 @@ class UNet(nn.Module):
                 self.down.append(Downsample(channels))
                 kept.append(channels)
 
-        self.middle = nn.ModuleList(
-            [Block(channels, channels, True, config), Block(channels, channels, False, config)]
-        )
+        self.middle = nn.ModuleList([Block(channels, channels, True, config), Block(channels, channels, False, config)])
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):

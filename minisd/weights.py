@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -45,19 +45,20 @@ def resolve(model: str | Path | None) -> Path:
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """The dataclass that `to_dict` took apart: lists become tuples again, dictionaries dataclasses."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{cls.__name__} is {values!r}; it must be a table of settings")
     hints = get_type_hints(cls)
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise CheckpointError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")
-    return cls(
-        **{
-            name: from_dict(hints[name], value)
-            if is_dataclass(hints[name])
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for name, value in values.items()
-        }
-    )
+
+    def restored(name: str, value: Any) -> Any:
+        if is_dataclass(hints[name]):
+            return from_dict(hints[name], value)
+        if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+            raise CheckpointError(f"{name} is {value!r}; it must be one of {', '.join(get_args(hints[name]))}")
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: restored(name, value) for name, value in values.items()})
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -83,14 +84,24 @@ def read_module(module: nn.Module, path: Path) -> nn.Module:
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a model in a folder."""
-    return Tokenizer.load(folder / "tokenizer.txt", pad=config.text.pad, places=config.text.places)
+    path, text = folder / "tokenizer.txt", config.text
+    try:
+        tokenizer = Tokenizer.load(path, text.vocabulary, pad=text.pad, places=text.places)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    if len(tokenizer) != text.vocabulary:
+        raise CheckpointError(f"{path} makes {len(tokenizer)} tokens, the config says {text.vocabulary}")
+    return tokenizer
 
 
 def read_parts(folder: Path) -> dict[str, Any]:
     """Config, tokenizer and networks of a model in a folder, by the names `StableDiffusion` takes them by."""
     config = read_config(folder)
-    with torch.device("meta"):
-        modules = {"text": TextTower(config.text), "unet": UNet(config.unet), "vae": VAE(config.vae)}
+    try:
+        with torch.device("meta"):
+            modules = {"text": TextTower(config.text), "unet": UNet(config.unet), "vae": VAE(config.vae)}
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: no network has these sizes: {error}") from error
     parts = {name: read_module(modules[name].to_empty(device="cpu"), folder / f"{name}.safetensors") for name in PARTS}
     return {"config": config, "tokenizer": read_tokenizer(folder, config), **parts}
 

@@ -43,8 +43,8 @@ def strict_copy(peer, tensors):
     return peer.eval().requires_grad_(False)
 
 
-def unet_peer(unet):
-    """diffusers' U-Net with our weights."""
+def unet_peer(unet, linear=False):
+    """diffusers' U-Net with our weights: v1's transformers enter and leave by 1x1 convolutions, v2's by Linear."""
     c = unet.config
     levels = range(len(c.widths))
     peer = UNet2DConditionModel(
@@ -57,7 +57,7 @@ def unet_peer(unet):
         cross_attention_dim=c.context_dim,
         attention_head_dim=c.heads or [w // c.head_dim for w in c.widths],  # the name is diffusers' mistake: a count
         norm_num_groups=c.groups,
-        use_linear_projection=c.linear_projection,
+        use_linear_projection=linear,
     )
     rungs = {"conv_in": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     rungs |= {"norm_out": "conv_norm_out", "conv_out": "conv_out"}
@@ -77,7 +77,8 @@ def unet_peer(unet):
     for name, tensor in unet.state_dict().items():
         rung = max((r for r in rungs if name.startswith(r + ".")), key=len)
         theirs = rungs[rung] + renamed(name[len(rung) :], TRANSFORMER | ATTENTION | RESIDUAL)
-        tensors[theirs] = tensor
+        convolved = not linear and re.search(r"attentions\.\d+\.proj_(in|out)\.weight", theirs)
+        tensors[theirs] = tensor[..., None, None] if convolved else tensor
     return strict_copy(peer, tensors)
 
 
@@ -137,4 +138,5 @@ def text_peer(text):
         "token_embedding": "embeddings.token_embedding", "position_embedding": "embeddings.position_embedding",
     }  # fmt: skip
     prefix = re.match(r"(text_model\.)?", next(iter(peer.state_dict()))).group()
-    return strict_copy(peer, {prefix + renamed(n, table): t for n, t in text.state_dict().items() if "projection" not in n})
+    own = {n: t for n, t in text.state_dict().items() if "projection" not in n}
+    return strict_copy(peer, {prefix + renamed(n, table): t for n, t in own.items()})

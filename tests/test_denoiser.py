@@ -74,3 +74,13 @@ def test_the_network_runs_in_its_own_dtype_and_the_sampler_keeps_its():
     x0 = Denoiser(network, SCHEDULE, "v", torch.zeros(1, 3, 8, dtype=torch.bfloat16))(x, SCHEDULE.sigma(10.0))
     assert network.calls[0][0].dtype == torch.bfloat16
     assert x0.dtype == torch.float64
+
+
+def test_one_context_serves_a_whole_batch_and_guidance_needs_something_to_lead_away_from():
+    cond, uncond, x = torch.full((1, 3, 8), 5.0), torch.full((1, 3, 8), 1.0), shaped(0, 4, 4, 3, 3).float()
+    sigma = torch.tensor(2.0)
+    one = Denoiser(Recorder(), SCHEDULE, "eps", cond, uncond, guidance=3.0)(x, sigma)
+    each = Denoiser(Recorder(), SCHEDULE, "eps", cond.repeat(4, 1, 1), uncond.repeat(4, 1, 1), guidance=3.0)(x, sigma)
+    assert torch.equal(one, each)
+    with pytest.raises(ValueError, match=r"guidance 7\.5 needs"):
+        Denoiser(Recorder(), SCHEDULE, "eps", cond, guidance=7.5)

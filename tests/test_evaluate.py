@@ -42,3 +42,7 @@ def test_frechet_distance_of_gaussians_with_known_moments():
 
 def test_diversity_is_the_mean_distance():
     assert diversity(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 8.0]])) == pytest.approx((5 + 8 + 5) / 3)
+
+
+def test_nothing_counted_says_nothing():
+    assert Count(0, 0).interval() == (pytest.approx(0, abs=1e-12), pytest.approx(1))

@@ -14,11 +14,11 @@ PACKAGE = ROOT / "minisd"
 
 # A room imports from rooms before it, never from one behind it.
 ORDER = """
-    config checks samplers toy image
+    config checks files samplers toy image
     schedule
     layers
     tokenizer prompt clip vae unet depth denoiser hooks
-    files keymaps
+    keymaps
     adapters
     weights
     pipeline

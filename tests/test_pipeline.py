@@ -11,7 +11,7 @@ from tiny import tiny
 
 import minisd
 from minisd import image, samplers, schedule
-from minisd.weights import save_module, write_config
+from minisd.weights import read_config, save_module, write_config
 
 sd = functools.cache(tiny)
 QUICK = {"steps": 3, "progress": False}
@@ -149,3 +149,47 @@ def test_models_that_are_not_there_or_do_not_fit_are_refused(tmp_path):
         minisd.load("nowhere")
     with pytest.raises(ValueError, match="cpu"):
         minisd.load(device="tpu7")
+
+
+def test_the_negative_prompt_is_what_guidance_leads_away_from():
+    plain, away, same = (sd()("a cat", negative=n, seed=1, **QUICK) for n in ("", "a dog", "a cat"))
+    assert plain.tobytes() != away.tobytes()
+    alone = sd()("a cat", guidance=1, seed=1, **QUICK)
+    assert np.abs(pixels(same) - pixels(alone)).max() <= 1  # nothing to lead away from
+    with pytest.warns(UserWarning, match="no effect at guidance 1"):
+        sd()("a cat", negative="a dog", guidance=1, seed=1, **QUICK)
+
+
+@pytest.mark.parametrize("size", [(63, 200), (131, 64)])
+def test_a_mask_is_cropped_as_its_picture_is(size):
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, 32, 32))
+    with pytest.warns(UserWarning) as said:
+        drawn = sd().inpaint("a cat", Image.new("RGB", size, "orange"), mask, seed=1, steps=1, progress=False)
+    assert not any("the mask is resized" in str(w.message) for w in said)
+    kept = image.fit(mask, drawn.size).point(lambda value: 255 * (value >= 128))
+    changed = (pixels(drawn) != pixels(Image.new("RGB", drawn.size, "orange"))).any(-1)
+    assert not changed[pixels(kept) == 0].any()
+
+
+def test_a_cast_leaves_the_device_and_a_move_the_dtype():
+    model = tiny()
+    assert model.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert model.to("cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "sampler, noted",
+    [(samplers.euler_a, "ancestral"), (functools.partial(samplers.ddim, eta=0.5), "ddim(eta=0.5)")],
+)
+def test_the_sampler_is_noted_by_name(sampler, noted):
+    assert sd()("a cat", sampler=sampler, seed=1, steps=1, progress=False).info["sampler"] == noted
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"unet": []}', '{"prediction": "epsilon"}', '{"schedule": {"name": "x"}}', "{"]
+)
+def test_a_config_that_cannot_be_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(minisd.CheckpointError, match=r"config\.json"):
+        read_config(tmp_path)

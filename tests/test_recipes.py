@@ -11,7 +11,7 @@ from minisd.train import recipes
 from minisd.train.data import Latents, Renders
 from minisd.weights import write_config
 
-SHORT = {"steps": 2, "batch": 4, "half": False}
+SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
 
 
 def test_three_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_latents_mix_signal_and_noise_as_their_time_says(tmp_path):
     data = Latents(renders, sd.vae, sd.text, sd.tokenizer, sd.schedule)
     indices = torch.arange(8).repeat(50)
     batch = data.batch(indices, torch.Generator().manual_seed(0))
-    alpha_bar = sd.schedule.alpha_bar.float()[batch["t"]].view(-1, 1, 1, 1)
+    alpha_bar = sd.schedule.alpha_bar.float()[batch["t"].long()].view(-1, 1, 1, 1)
     x0 = alpha_bar.sqrt() * batch["x_t"] - (1 - alpha_bar).sqrt() * batch["target"]
     eps = alpha_bar.sqrt() * batch["target"] + (1 - alpha_bar).sqrt() * batch["x_t"]
     assert abs(eps.std() - 1) < 0.02

@@ -15,7 +15,7 @@ from minisd.files import CheckpointError
 from minisd.train import TrainConfig, fit
 from minisd.train.loop import batch_indices, learning_rate, step_generator
 
-RUN = TrainConfig(steps=12, batch=8, rate=0.01, warmup=3, ema=0.9)
+RUN = TrainConfig(steps=12, batch_size=8, lr=0.01, warmup=3, ema=0.9)
 
 
 class Line:
@@ -81,7 +81,7 @@ def test_data_order_and_randomness_depend_on_the_step_alone():
 
 
 def test_learning_rate_rises_stays_and_falls():
-    config = TrainConfig(steps=100, batch=1, rate=1.0, warmup=10, cooldown=0.2)
+    config = TrainConfig(steps=100, batch_size=1, lr=1.0, warmup=10, cooldown=0.2)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == 0.1
     assert rates[9:80] == [1.0] * 71
@@ -93,8 +93,8 @@ def test_empty_data_and_foreign_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="data set is empty"):
         next(fit(network(), square_error, Line(0), RUN))
     list(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))
-    with pytest.raises(CheckpointError, match="batch"):
-        next(fit(network(), square_error, Line(), dataclasses.replace(RUN, batch=4), tmp_path / "run.pt"))
+    with pytest.raises(CheckpointError, match="batch_size"):
+        next(fit(network(), square_error, Line(), dataclasses.replace(RUN, batch_size=4), tmp_path / "run.pt"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
@@ -134,3 +134,25 @@ def test_two_processes_equal_one(tmp_path):
         assert losses == pytest.approx([r.loss for r in records], rel=1e-5)
         for name, weight in whole.state_dict().items():
             assert torch.allclose(weight, state[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path):
+    def breaks(module, batch):
+        value, parts = square_error(module, batch)
+        breaks.calls += 1
+        if breaks.calls == 6:
+            value.register_hook(lambda gradient: gradient * float("inf"))  # the loss itself stays finite
+        return value, parts
+
+    breaks.calls = 0
+    with pytest.raises(FloatingPointError, match="step 6"):
+        list(fit(network(), breaks, Line(), RUN, tmp_path / "run.pt", every=1))
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "run.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        next(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))

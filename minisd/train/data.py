@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from ..clip import TextTower
-from ..critters import Scene, caption, render
+from ..critters import PARTS, Scene, caption, render
 from ..files import replacing
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
 from ..vae import VAE
-from .loop import Batch
+from .loop import Batch, share
 
 CHUNK = 80  # renders a file
-EYES = 3  # the label of eyes in the part masks
+EYES = PARTS.index("eyes")
 EYE_WEIGHT = 8.0  # how much more an error counts in the eyes, which are small and looked at first
 
 
@@ -34,9 +35,13 @@ class Renders:
     def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{size}-{seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
-        for i, path in enumerate(tqdm(files, desc=f"rendering at {size}", unit_scale=CHUNK, unit="picture")):
-            if not path.exists():
-                self._render(path, size, torch.Generator().manual_seed(seed * 1_000_003 + i), device)
+        rank, ranks = share()
+        mine = range(rank, len(files), ranks)
+        for i in tqdm(mine, desc=f"rendering at {size}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
+            if not files[i].exists():
+                self._render(files[i], size, torch.Generator().manual_seed(seed * 1_000_003 + i), device)
+        if ranks > 1:
+            dist.barrier()
         self.images = np.empty((count, 3, size, size), np.uint8)
         self.eyes = np.empty((count, 1, size, size), bool)
         self.scenes: list[Scene] = []
@@ -110,16 +115,12 @@ class Latents:
 
     DROPPED = 0.1
 
-    def __init__(
-        self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule, share: int =
-        64
-    ):
-        self.renders, self.text, self.tokenizer = renders, text.eval(), tokenizer
+    def __init__(self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        self.renders, self.text, self.tokenizer, self.schedule = renders, text.eval(), tokenizer, schedule
         self.scaling, self.device = vae.config.scaling, next(vae.parameters()).device
-        self.alpha_bar = schedule.alpha_bar.float()
         means, deviations = [], []
         with torch.no_grad():
-            for indices in tqdm(torch.arange(len(renders)).split(share), desc="encoding"):
+            for indices in tqdm(torch.arange(len(renders)).split(64), desc="encoding"):
                 posterior = vae.posterior(renders.pictures(indices).to(self.device))
                 means.append(posterior.mean.cpu())
                 deviations.append((posterior.logvar / 2).exp().cpu())
@@ -138,12 +139,11 @@ class Latents:
 
         noise = torch.randn(count, *shape, generator=generator)
         x0 = self.scaling * (self.mean[indices] + self.deviation[indices] * noise)
-        t = torch.randint(len(self.alpha_bar), (count,), generator=generator)
+        t = torch.randint(len(self.schedule.betas), (count,), generator=generator)
         eps = torch.randn(count, *shape, generator=generator)
-        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         return {
-            "x_t": alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps,
-            "target": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0,
-            "t": t,
+            "x_t": self.schedule.add_noise(x0, t, eps),
+            "target": self.schedule.add_noise(eps, t, -x0),  # v: the same mix, a quarter turn on
+            "t": t.float(),
             "context": context,
         }

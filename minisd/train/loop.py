@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import CheckpointError, replacing
+from ..files import CheckpointError, load_strictly, replacing
 
 LENGTH = ("steps", "cooldown")  # the settings that may change when a run goes on: it may become longer or shorter
 
@@ -44,16 +44,16 @@ class TrainConfig:
     """How long and how fast to learn."""
 
     steps: int
-    batch: int
-    rate: float = 1e-3  # AdamW's learning rate at its highest
+    batch_size: int
+    lr: float = 1e-3  # AdamW's learning rate at its highest
     warmup: int = 200  # steps of rising rate at the start
     cooldown: float = 0.3  # share of the run, at its end, over which the rate falls to zero
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    clip: float = 1.0  # greatest norm of the gradient
+    max_grad_norm: float = 1.0  # greatest norm of the gradient
     ema: float = 0.999  # of the moving average of the weights that is the result
     seed: int = 0
-    half: bool = False  # forward and backward in bfloat16; weights, averages and optimizer stay in float32
+    bf16: bool = False  # forward and backward in bfloat16; weights, averages and optimizer stay in float32
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Record:
 
     step: int
     loss: float
-    rate: float
-    gradient: float
+    lr: float
+    grad_norm: float
     parts: dict[str, float]
 
 
@@ -71,12 +71,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear rise over `warmup` steps, level, then linear fall to zero over the last `cooldown` of the run."""
     rise = min(1.0, (step + 1) / max(1, config.warmup))
     fall = min(1.0, (config.steps - step) / max(1.0, config.cooldown * config.steps))
-    return config.rate * rise * fall
+    return config.lr * rise * fall
 
 
 def batch_indices(config: TrainConfig, step: int, samples: int) -> Tensor:
     """Which samples step number `step` sees: every epoch is a fresh permutation of all of them."""
-    positions = torch.arange(step * config.batch, (step + 1) * config.batch)
+    positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
     epochs = positions // samples
     order = {
         int(e): torch.randperm(samples, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + int(e)))
@@ -90,7 +90,7 @@ def step_generator(config: TrainConfig, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
 
 
-class Averaged:
+class EMA:
     """An exponential moving average of a module's weights, with a shorter memory in the first steps."""
 
     def __init__(self, module: nn.Module, decay: float):
@@ -110,6 +110,14 @@ def save_checkpoint(path: Path, state: dict[str, object]) -> None:
         torch.save(state, temporary)
 
 
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, object]:
+    """A checkpoint that `save_checkpoint` wrote. Raises CheckpointError where the file is none."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling may raise anything at all
+        raise CheckpointError(f"{path} is not a checkpoint ({error}); move it away to start anew") from error
+
+
 def fit(
     module: nn.Module,
     loss: Loss,
@@ -117,7 +125,6 @@ def fit(
     config: TrainConfig,
     checkpoint: Path | None = None,
     every: int = 500,
-    resume: bool = True,
 ) -> Iterator[Record]:
     """Train `module` in place by AdamW, yielding a record after each step; at the end it holds the averaged weights.
 
@@ -130,23 +137,24 @@ def fit(
     """
     if len(data) == 0:
         raise ValueError("the data set is empty: there is nothing to train on")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.batch % ranks:
-        raise ValueError(f"a batch of {config.batch} can't be shared evenly among {ranks} processes")
+    rank, ranks = share()
+    if config.batch_size % ranks:
+        raise ValueError(f"a batch of {config.batch_size} can't be shared evenly among {ranks} processes")
     device = next(module.parameters()).device
-    average = Averaged(module, config.ema)
+    average = EMA(module, config.ema)
     optimizer = torch.optim.AdamW(
-        module.parameters(), config.rate, config.betas, weight_decay=config.weight_decay, fused=True
+        module.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
     )
     first = 0
-    if resume and checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if differing := [k for k, v in vars(config).items() if k not in LENGTH and state["config"][k] != v]:
+    settings = {**vars(config), "samples": len(data)}
+    if checkpoint is not None and checkpoint.exists():
+        state = read_checkpoint(checkpoint, device)
+        if differing := [k for k, v in settings.items() if k not in LENGTH and state["config"].get(k) != v]:
             raise CheckpointError(
                 f"{checkpoint} is of another run: {', '.join(differing)} differ; use its settings, or another folder"
             )
-        module.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
+        load_strictly(module, state["model"], str(checkpoint))
+        load_strictly(average.module, state["average"], str(checkpoint))
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
 
@@ -155,16 +163,19 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         batch = data.batch(batch_indices(config, step, len(data)), step_generator(config, step))
-        batch = {name: tensor[rank::ranks].to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: tensor[rank::ranks].to(device) for name, tensor in batch.items()}
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16) if config.half else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext():
             value, parts = loss(module, batch)
         value.backward()
         if ranks > 1:
             value = average_gradients(module, value, ranks)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-        if not math.isfinite(value.item()):
-            raise FloatingPointError(f"the loss at step {step + 1} is {value.item()}; the last checkpoint is intact")
+        norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+        if not (math.isfinite(value.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(
+                f"at step {step + 1} the loss is {value.item()}, the norm of its gradient {norm.item()}; "
+                "the last checkpoint is intact"
+            )
         optimizer.step()
         average.update(module, step)
         last = step + 1 == config.steps
@@ -172,7 +183,7 @@ def fit(
             save_checkpoint(
                 checkpoint,
                 {
-                    "config": vars(config),
+                    "config": settings,
                     "step": step + 1,
                     "model": module.state_dict(),
                     "average": average.module.state_dict(),
@@ -187,7 +198,10 @@ def fit(
 
 
 def average_gradients(module: nn.Module, loss: Tensor, ranks: int) -> Tensor:
-    """Mean of gradients and loss over all processes: with equal shares, those of the whole batch."""
+    """Mean of gradients and loss over all processes: with equal shares and a loss that is a mean, those of one process.
+
+    A contrastive loss is no such mean: it sees the negatives of its own share alone.
+    """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients] + [loss.detach().reshape(1)])
     dist.all_reduce(flat)
@@ -197,13 +211,18 @@ def average_gradients(module: nn.Module, loss: Tensor, ranks: int) -> Tensor:
     return flat[-1]
 
 
+def share() -> tuple[int, int]:
+    """Which of how many processes this is: (0, 1) but under torchrun. The first one writes files and shows progress."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def start_processes() -> torch.device:
     """Join the other processes when started by torchrun; the device this process trains on."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device

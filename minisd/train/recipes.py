@@ -13,28 +13,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..clip import CLIP
+from ..clip import CLIP, TextTower
 from ..config import CRITTERS_128, CRITTERS_IMAGE_TOWER, ModelConfig
 from ..critters import Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
-from ..pipeline import SCHEDULES
+from ..schedule import SCHEDULES
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
 from .data import Captioned, Latents, Pictures, Renders
-from .loop import Record, TrainConfig, fit
+from .loop import Record, TrainConfig, fit, share
 from .losses import clip_loss, diffusion_loss, vae_loss
 
 RENDERS = 8_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
-VAE_RUN = TrainConfig(steps=1_500, batch=16, rate=1.5e-3, ema=0.998, half=True)
-CLIP_RUN = TrainConfig(steps=500, batch=64, rate=1e-3, weight_decay=0.1)
-UNET_RUN = TrainConfig(steps=4_000, batch=32, rate=1e-3, ema=0.999)
-ORACLE_RUN = TrainConfig(
-    steps=1_500, batch=32, rate=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02
-)
+VAE_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
+CLIP_RUN = TrainConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.1)
+UNET_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, ema=0.999)
+ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,75 +56,84 @@ class Workshop:
         """The model's config as far as it is known: recipes fill in what they measure."""
         return read_config(self.model) if (self.model / "config.json").exists() else CRITTERS_128
 
-    def clip(self) -> CLIP:
-        """A fresh mini CLIP: the model's text tower, and an image tower for pictures of its size."""
-        return CLIP(self.config.text, dataclasses.replace(CRITTERS_IMAGE_TOWER, size=self.config.size))
-
     def data(self) -> Renders:
         """The renders, made on first use."""
         return Renders(self.folder / "renders", self.renders, self.config.size, device=self.device)
 
+    def fresh(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+        """A new module with weights drawn from a seed; the global random state stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            module = make()
+        return module.to(self.device, memory_format=torch.channels_last)  # how convolutions like their memory
+
     def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
-        """Train with a checkpoint of this name; channels last is how convolutions like their memory."""
-        module.to(self.device, memory_format=torch.channels_last)
+        """Train with a checkpoint of this name."""
         yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt", every=200)
+
+    def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
+        """Write finished parts and the config beside them, from one process alone."""
+        if share()[0] == 0:
+            for name, module in modules.items():
+                save_module(module, self.model / f"{name}.safetensors")
+            write_config(self.model, config)
+
+
+def mini_clip(config: ModelConfig) -> CLIP:
+    """The model's text tower, and an image tower for pictures of its size."""
+    return CLIP(config.text, dataclasses.replace(CRITTERS_IMAGE_TOWER, size=config.size))
 
 
 def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     """The autoencoder; then its scaling factor, one over the deviation of the latents of 512 renders."""
-    torch.manual_seed(run.seed)
-    module, data = VAE(shop.config.vae), shop.data()
-    side = shop.config.size // shop.config.vae.factor
-    yield from shop.run("vae", module, vae_loss, Pictures(data, (shop.config.vae.latent_channels, side, side)), run)
+    config, data = shop.config, shop.data()
+    module = shop.fresh(lambda: VAE(config.vae), run.seed)
+    side = config.size // config.vae.factor
+    yield from shop.run("vae", module, vae_loss, Pictures(data, (config.vae.latent_channels, side, side)), run)
     with torch.no_grad():
-        latents = torch.cat([module.encode(data.pictures(i).to(shop.device)) for i in torch.arange(min(512,
-        len(data))).split(32)])
-    sizes = dataclasses.replace(shop.config.vae, scaling=round(shop.config.vae.scaling / latents.std().item(), 5))
-    save_module(module, shop.model / "vae.safetensors")
-    write_config(shop.model, dataclasses.replace(shop.config, vae=sizes))
+        some = torch.arange(min(512, len(data))).split(32)
+        latents = torch.cat([module.encode(data.pictures(indices).to(shop.device)) for indices in some])
+    scaling = round(config.vae.scaling / latents.std().item(), 5)
+    shop.keep(dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling=scaling)), vae=module)
 
 
 def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
     """The tokenizer, trained on captions alone; then both towers of the mini CLIP."""
+    text = shop.config.text
     generator = torch.Generator().manual_seed(run.seed)
     captions = [caption(Scene.sample(generator), generator) for _ in range(CAPTIONS)]
-    Tokenizer.train(captions, shop.config.text.vocabulary).save(shop.model / "tokenizer.txt")
-    tokenizer = read_tokenizer(shop.model, shop.config)
-    write_config(
-        shop.model,
-        dataclasses.replace(shop.config, text=dataclasses.replace(shop.config.text, vocabulary=len(tokenizer))),
-    )
-    torch.manual_seed(run.seed)
-    module = shop.clip()
+    tokenizer = Tokenizer.train(captions, text.vocabulary, pad=text.pad, places=text.places)
+    config = dataclasses.replace(shop.config, text=dataclasses.replace(text, vocabulary=len(tokenizer)))
+    module = shop.fresh(lambda: mini_clip(config), run.seed)
     yield from shop.run("clip", module, clip_loss, Captioned(shop.data(), tokenizer), run)
-    save_module(module.text, shop.model / "text.safetensors")
-    save_module(module.image, shop.model / "image_tower.safetensors")
+    if share()[0] == 0:
+        tokenizer.save(shop.model / "tokenizer.txt")
+    shop.keep(config, text=module.text, image_tower=module.image)
 
 
 def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     """The noise predictor, on latents of the finished autoencoder and contexts of the finished text tower."""
     config = shop.config
-    tokenizer = read_tokenizer(shop.model, config)
+    assert config.prediction == "v", config.prediction  # what `Latents` has as its target
     data = Latents(
         shop.data(),
         read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device),
-        read_module(shop.clip().text, shop.model / "text.safetensors").to(shop.device),
-        tokenizer,
+        read_module(TextTower(config.text), shop.model / "text.safetensors").to(shop.device),
+        read_tokenizer(shop.model, config),
         SCHEDULES[config.schedule.name](config.schedule.steps),
     )
-    torch.manual_seed(run.seed)
-    module = UNet(config.unet)
+    module = shop.fresh(lambda: UNet(config.unet), run.seed)
     yield from shop.run("unet", module, diffusion_loss, data, run)
-    save_module(module, shop.model / "unet.safetensors")
-    write_config(shop.model, config)
+    shop.keep(config, unet=module)
 
 
 def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
     """The network that reads attributes back from pictures, on the same renders."""
-    torch.manual_seed(run.seed)
-    module, data = Oracle(), shop.data()
+    data = shop.data()
+    module = shop.fresh(Oracle, run.seed)
     yield from shop.run("oracle", module, oracle_loss, Examples(torch.from_numpy(data.images), data.scenes), run)
-    save_module(module, shop.folder / "oracle.safetensors")
+    if share()[0] == 0:
+        save_module(module, shop.folder / "oracle.safetensors")
 
 
 RECIPES = {"vae": (vae, VAE_RUN), "clip": (clip, CLIP_RUN), "unet": (unet, UNET_RUN), "oracle": (oracle, ORACLE_RUN)}
