@@ -1,5 +1,4 @@
-"""Sizes of every network, as frozen dataclasses. A model is Stable Diffusion's architecture with the numbers of its
-config.
+"""Sizes of every network, as frozen dataclasses: a model is Stable Diffusion's architecture with its config's numbers.
 
 The defaults are the published Stable Diffusion v1; the `CRITTERS_*` presets at the end are the bundled model.
 """

@@ -106,10 +106,9 @@ class StableDiffusion:
     ) -> Image.Image | list[Image.Image]:
         """Draw pictures from prompts alone: one picture for one prompt and n = 1, else a list, n in a row a prompt.
 
-        `negative`: what to steer away from. `seed`: of the first picture, the next ones count on; or a list; drawn
-        where
-        there is none. `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; the size of
-        training by default. `settings`: `steps` (20), `guidance` (the model's own), `rescale` (0), `sampler`
+        `negative`: what to steer away from. `seed`: of the first picture, the next ones count on; or a list; without
+        one it is drawn. `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; by default
+        the size of training. `settings`: `steps` (20), `guidance` (the model's own), `rescale` (0), `sampler`
         (`samplers.dpmpp_2m`), `schedule` ("karras", or another spacing of `schedule.plan`), `progress` (True).
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.

@@ -1,8 +1,7 @@
 """The training loop: a generator that yields a record a step; the caller owns logging, plots and stopping.
 
 All randomness of a step comes from a generator seeded by the run's seed and the step's number, and is drawn for the
-whole
-batch before it is shared out among processes. So a run is a pure function of its config: resuming needs no random
+whole batch before it is shared out among processes. So a run is a pure function of its config: resuming needs no random
 state, and two processes see exactly the samples, times and noises that one would.
 """
 
@@ -129,8 +128,7 @@ def fit(
     """Train `module` in place by AdamW, yielding a record after each step; at the end it holds the averaged weights.
 
     Where `checkpoint` exists the run goes on from it, bit for bit as if it had never stopped; it is written every
-    `every`
-    steps and at the end. Under torchrun each process takes its share of every batch and gradients are averaged.
+    `every` steps and at the end. Under torchrun each process takes its share of every batch and gradients are averaged.
 
     Raises ValueError for an empty data set, CheckpointError for a checkpoint of another run, and FloatingPointError
     when the loss is no longer finite: the last good checkpoint stays.

@@ -21,8 +21,9 @@ def edges(x: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Absolute and edge error of the reconstruction, weighted a pixel, plus a little divergence (Kingma & Welling, eq.
-    7).
+    """Absolute and edge error of the reconstruction, weighted by pixel, plus a little divergence.
+
+    It is the evidence bound of Kingma & Welling 2014, equation 3, with another error and another weight.
 
     Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes), `noise` as
     the latent.
@@ -37,8 +38,9 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of finding each picture's caption and each caption's picture in the batch (Radford et al. 2021,
-    fig. 3).
+    """Cross-entropy of finding each picture's caption in the batch, and each caption's picture.
+
+    (Radford et al. 2021, figure 3.)
 
     Batch: `image` [b 3 h w], `ids` [b n].
     """
