@@ -24,7 +24,7 @@ UNSEEN = -100  # target of an attribute that the picture does not show
 
 
 class Oracle(nn.Module):
-    """Pictures to logits of every attribute in `WORDS`, 0.9 M parameters."""
+    """Pictures to logits of every attribute in `WORDS`, 1.2 M parameters."""
 
     def __init__(self, width: int = 24, features: int = 128, groups: int = 6):
         super().__init__()
