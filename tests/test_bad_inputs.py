@@ -151,6 +151,7 @@ def test_a_model_that_is_not_there_names_where_it_was_looked_for(model):
 @pytest.mark.parametrize(
     "prompt", ["", " ", "((((" * 50, "(cat:nan)", "猫 😀", "\x1b[31mred", "\u202eright to left", "<|endoftext|>"]
 )
+@pytest.mark.filterwarnings("ignore:kept 75")
 def test_odd_prompts_draw(prompt):
     assert sd()(prompt, seed=1, steps=1, progress=False).size == (64, 64)
 
@@ -163,7 +164,12 @@ def test_ten_thousand_characters_draw_and_say_what_was_cut():
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "LA", "P", "1", "I;16", "F", "I"])
 def test_pictures_and_masks_of_every_mode_are_taken(mode):
     source = Image.new(mode, (64, 64))
-    mask = Image.new(mode, (64, 64), 1 if mode in ("1", "F") else "white" if mode not in ("I;16", "I") else 65535)
+    brightest = {"F": 1, "I": 65535, "I;16": 65535}
+    mask = (
+        Image.new(mode, (64, 64), brightest[mode])
+        if mode in brightest
+        else Image.new("RGB", (64, 64), "white").convert(mode)
+    )
     assert sd().img2img("a cat", source, seed=1, steps=1, progress=False).size == (64, 64)
     assert sd().inpaint("a cat", source, mask, seed=1, steps=1, progress=False).size == (64, 64)
 
