@@ -48,7 +48,7 @@ class Explorer(ipywidgets.VBox):
         self._draw = lru_cache(256)(draw)  # positions seen, those of the strip among them, answer at once
         self._still = strip(self._draw, stills, **sliders)
         self._controls = {name: _control(name, values) for name, values in sliders.items()}
-        self._picture = ipywidgets.Image(format="png")
+        self._picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # its own size
         self._error = ipywidgets.HTML()
         self._rendering: asyncio.Task | None = None
         self._stale = True
