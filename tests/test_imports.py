@@ -80,7 +80,6 @@ def test_import_minisd_costs_torch_and_little_else():
         "diffusers",
         "transformers",
         "huggingface_hub",
-        "scipy",
     ]
     assert all(importlib.util.find_spec(name) for name in heavy)  # else this test couldn't fail
     code = f"import json, sys, minisd; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
