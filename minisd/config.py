@@ -23,6 +23,8 @@ class UNetConfig:
     head_dim: int | None = None  # ... or a fixed width of each head (v2)
     context_dim: int | None = 768  # None: no cross-attention, an unconditional model
     groups: int = 32  # of every GroupNorm; keep at least 4 channels a group
+    cross_only: int = 0  # in so many of the finest levels pixels look at the words twice, at each other never (x4)
+    classes: int | None = None  # size of a table added to the time embedding: x4's noise levels
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class ScheduleConfig:
 
     name: Literal["linear", "cosine", "scaled_linear"] = "scaled_linear"
     steps: int = 1000
+    ends: tuple[float, float] | None = None  # the first and the last beta, where they are not the schedule's own
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,38 @@ class ModelConfig:
 
 
 SD1 = ModelConfig()
+SD1_INPAINT = dataclasses.replace(
+    SD1, name="Stable Diffusion v1 inpainting", unet=dataclasses.replace(SD1.unet, in_channels=9)
+)
+SD2 = ModelConfig(
+    name="Stable Diffusion v2",
+    unet=UNetConfig(heads=None, head_dim=64, context_dim=1024),
+    # OpenCLIP's ViT-H/14 without its last block: v2 reads the penultimate layer, so the 24th is never run
+    text=TextConfig(width=1024, layers=23, heads=16, quick_gelu=False, pad="zero"),
+)
+SD2_V = dataclasses.replace(SD2, name="Stable Diffusion v2 768-v", size=768, prediction="v")
+SD2_INPAINT = dataclasses.replace(
+    SD2, name="Stable Diffusion v2 inpainting", unet=dataclasses.replace(SD2.unet, in_channels=9)
+)
+SD2_DEPTH = dataclasses.replace(
+    SD2, name="Stable Diffusion v2 depth", unet=dataclasses.replace(SD2.unet, in_channels=5)
+)
+SD_X4 = dataclasses.replace(
+    SD2,
+    name="Stable Diffusion x4 upscaler",
+    prediction="v",
+    guidance=9.0,
+    schedule=ScheduleConfig(ends=(1e-4, 0.02)),
+    unet=UNetConfig(
+        in_channels=7,
+        widths=(256, 512, 512, 1024),
+        attention=(False, True, True, True),
+        context_dim=1024,
+        cross_only=3,
+        classes=1000,
+    ),
+    vae=VAEConfig(widths=(128, 256, 512), scaling=0.08333),
+)
 
 CRITTERS_128 = ModelConfig(
     name="critters-128",

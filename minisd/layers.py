@@ -92,12 +92,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Look around the picture, look at the words, think: `x + self(x)`, `x + cross(x, context)`, `x + ff(x)`."""
+    """Look around the picture, look at the words, think: `x + self(x)`, `x + cross(x, context)`, `x + ff(x)`.
 
-    def __init__(self, width: int, heads: int, context_dim: int | None):
+    With `cross_only` the first look, too, is at the words: the x4 upscaler saves the cost of pixels looking at pixels.
+    """
+
+    def __init__(self, width: int, heads: int, context_dim: int | None, cross_only: bool = False):
         super().__init__()
+        self.cross_only = cross_only
         self.norm1 = nn.LayerNorm(width)
-        self.self_attention = Attention(width, heads)
+        self.self_attention = Attention(width, heads, context_dim if cross_only else None)
         self.norm2 = nn.LayerNorm(width) if context_dim else None
         self.cross_attention = Attention(width, heads, context_dim) if context_dim else None
         self.norm3 = nn.LayerNorm(width)
@@ -106,7 +110,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        x = x + self.self_attention(self.norm1(x))
+        x = x + self.self_attention(self.norm1(x), context if self.cross_only else None)
         if self.cross_attention is not None:
             x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
@@ -118,11 +122,11 @@ class SpatialTransformer(nn.Module):
     `proj_in` and `proj_out` are 1x1 convolutions in the files of Stable Diffusion v1: the same numbers as a Linear.
     """
 
-    def __init__(self, width: int, heads: int, context_dim: int | None, groups: int):
+    def __init__(self, width: int, heads: int, context_dim: int | None, groups: int, cross_only: bool = False):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width)
-        self.block = TransformerBlock(width, heads, context_dim)
+        self.block = TransformerBlock(width, heads, context_dim, cross_only)
         self.proj_out = nn.Linear(width, width)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)

@@ -23,7 +23,7 @@ from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
-from .schedule import SCHEDULES, NoiseSchedule, plan
+from .schedule import NoiseSchedule, from_config, plan
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
@@ -41,7 +41,7 @@ class StableDiffusion:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text: TextTower, unet: UNet, vae: VAE):
         self.config, self.tokenizer = config, tokenizer
         self.text, self.unet, self.vae = text, unet, vae
-        self.schedule: NoiseSchedule = SCHEDULES[config.schedule.name](config.schedule.steps)
+        self.schedule: NoiseSchedule = from_config(config.schedule)
 
     @property
     def device(self) -> torch.device:

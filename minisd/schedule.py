@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checks import integer
+from .config import ScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,11 @@ def cosine(T: int = 1000) -> NoiseSchedule:
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}  # by the names in a config
+
+
+def from_config(config: ScheduleConfig) -> NoiseSchedule:
+    """The schedule that a model was trained with."""
+    return SCHEDULES[config.name](config.steps, *config.ends or ())
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .config import UNetConfig
@@ -14,12 +14,16 @@ from .layers import Downsample, ResidualBlock, SpatialTransformer, Upsample, tim
 class Block(nn.Module):
     """One rung of the U: a residual block told the time, then, at most levels, a transformer told the prompt."""
 
-    def __init__(self, in_channels: int, out_channels: int, attention: bool, config: UNetConfig):
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, attention: bool, cross_only: bool = False
+    ):
         super().__init__()
         self.residual = ResidualBlock(in_channels, out_channels, config.groups, temb_dim=4 * config.widths[0])
         heads = config.heads or out_channels // config.head_dim
         self.transformer = (
-            SpatialTransformer(out_channels, heads, config.context_dim, config.groups) if attention else None
+            SpatialTransformer(out_channels, heads, config.context_dim, config.groups, cross_only)
+            if attention
+            else None
         )
 
     def forward(
@@ -41,25 +45,29 @@ class UNet(nn.Module):
         self.config = config
         widths, temb_dim = config.widths, 4 * config.widths[0]
         self.time_embed = nn.Sequential(nn.Linear(widths[0], temb_dim), nn.SiLU(), nn.Linear(temb_dim, temb_dim))
+        self.class_embed = nn.Embedding(config.classes, temb_dim) if config.classes else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         self.down = nn.ModuleList()
         channels, kept = widths[0], [widths[0]]
         for level, (width, attention) in enumerate(zip(widths, config.attention, strict=True)):
             for _ in range(config.blocks):
-                self.down.append(Block(channels, width, attention, config))
+                self.down.append(Block(channels, width, config, attention, cross_only=level < config.cross_only))
                 channels = width
                 kept.append(channels)
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
                 kept.append(channels)
 
-        self.middle = nn.ModuleList([Block(channels, channels, True, config), Block(channels, channels, False, config)])
+        self.middle = nn.ModuleList(
+            [Block(channels, channels, config, attention=True), Block(channels, channels, config, attention=False)]
+        )
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for _ in range(config.blocks + 1):
-                self.up.append(Block(channels + kept.pop(), widths[level], config.attention[level], config))
+                attention, cross_only = config.attention[level], level < config.cross_only
+                self.up.append(Block(channels + kept.pop(), widths[level], config, attention, cross_only))
                 channels = widths[level]
             if level:
                 self.up.append(Upsample(channels))
@@ -74,9 +82,15 @@ class UNet(nn.Module):
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         context: Float[Tensor, "b m d"] | None = None,
+        label: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b o h w"]:
-        """`x_t` is the variance preserving sample, `t` its time step in 0..999, `context` the encoded prompt."""
+        """`x_t` is the variance preserving sample, `t` its time step in 0..999, `context` the encoded prompt.
+
+        `label` is for models with `classes`: the x4 upscaler's is the noise level of the small picture it enlarges.
+        """
         temb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
+        if self.class_embed is not None:
+            temb = temb + self.class_embed(label)
         h = self.conv_in(x_t)
         kept = [h]
         for layer in self.down:

@@ -58,9 +58,11 @@ def unet_peer(unet, linear=False):
         attention_head_dim=c.heads or [w // c.head_dim for w in c.widths],  # the name is diffusers' mistake: a count
         norm_num_groups=c.groups,
         use_linear_projection=linear,
+        only_cross_attention=[level < c.cross_only for level in levels],
+        num_class_embeds=c.classes,
     )
     rungs = {"conv_in": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-    rungs |= {"norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    rungs |= {"class_embed": "class_embedding", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
     rungs |= {"middle.0.residual": "mid_block.resnets.0", "middle.0.transformer": "mid_block.attentions.0"}
     rungs |= {"middle.1.residual": "mid_block.resnets.1"}
     for way, blocks, resampled in (("down", c.blocks, "downsamplers"), ("up", c.blocks + 1, "upsamplers")):

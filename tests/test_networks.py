@@ -6,29 +6,43 @@ import pytest
 import torch
 from peers import randomise, text_peer, unet_peer, vae_peer
 
+from minisd import config
 from minisd.clip import CLIP, TextTower
-from minisd.config import CRITTERS_128, SD1, ImageTowerConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import CRITTERS_128, ImageTowerConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.layers import timestep_embedding
 from minisd.unet import UNet
 from minisd.vae import VAE, Gaussian
 
 V1 = UNetConfig(widths=(32, 64, 64), attention=(True, True, False), heads=4, context_dim=24, groups=8)
 V2 = UNetConfig(widths=(32, 64, 64), attention=(True, True, False), heads=None, head_dim=16, context_dim=24, groups=8)
+X4 = UNetConfig(7, 4, (16, 32, 32), 1, (False, True, True), 4, None, 24, groups=4, cross_only=2, classes=10)
 
 
 def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("config", [V1, V2, CRITTERS_128.unet], ids=["v1", "v2", "bundled"])
+@pytest.mark.parametrize("form", [V1, V2, CRITTERS_128.unet], ids=["v1", "v2", "bundled"])
 @pytest.mark.parametrize("size", [(16, 16), (12, 20), (10, 14)], ids=str)
-def test_unet_equals_diffusers(config, size):
-    unet = randomise(UNet(config))
+def test_unet_equals_diffusers(form, size):
+    unet = randomise(UNet(form))
     generator = torch.Generator().manual_seed(1)
     x_t = torch.randn(2, 4, *size, generator=generator)
-    t, context = torch.tensor([3.0, 871.0]), torch.randn(2, 7, config.context_dim, generator=generator)
-    theirs = unet_peer(unet, linear=config is V2)(x_t, t, context).sample
+    t, context = torch.tensor([3.0, 871.0]), torch.randn(2, 7, form.context_dim, generator=generator)
+    theirs = unet_peer(unet, linear=form is V2)(x_t, t, context).sample
     assert relative(unet(x_t, t, context), theirs) < 1e-5
+
+
+def test_upscaling_unet_equals_diffusers():
+    """Levels whose pixels look at the words twice, and a noise level embedded beside the time."""
+    unet = randomise(UNet(X4))
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(2, 7, 12, 20, generator=generator)
+    t, context = torch.tensor([3.0, 871.0]), torch.randn(2, 7, X4.context_dim, generator=generator)
+    label = torch.tensor([0, 9])
+    theirs = unet_peer(unet, linear=True)(x_t, t, context, class_labels=label).sample
+    assert relative(unet(x_t, t, context, label), theirs) < 1e-5
+    assert relative(unet(x_t, t, context, label.flip(0)), theirs) > 1e-3
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)], ids=str)
@@ -46,8 +60,7 @@ def test_vae_equals_diffusers(size):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_text_tower_equals_transformers(quick):
-    config = TextConfig(vocabulary=100, width=32, layers=3, heads=4, quick_gelu=quick)
-    text = randomise(TextTower(config))
+    text = randomise(TextTower(TextConfig(vocabulary=100, width=32, layers=3, heads=4, quick_gelu=quick)))
     ids = torch.randint(100, (2, 77), generator=torch.Generator().manual_seed(1))
     theirs = text_peer(text)(ids, output_hidden_states=True)
     assert relative(text(ids), theirs.last_hidden_state) < 1e-5
@@ -55,15 +68,23 @@ def test_text_tower_equals_transformers(quick):
     assert relative(text(ids, skip_last=1), penultimate) < 1e-5
 
 
-def test_default_config_has_the_parameters_of_stable_diffusion_v1():
+PUBLISHED = {  # parameters of U-Net, autoencoder and the part of the text tower that is used
+    "v1": (config.SD1, 859_520_964, 83_653_863, 123_060_480),
+    "v1 inpainting": (config.SD1_INPAINT, 859_535_364, 83_653_863, 123_060_480),
+    "v2": (config.SD2, 865_910_724, 83_653_863, 340_387_840),
+    "v2 768-v": (config.SD2_V, 865_910_724, 83_653_863, 340_387_840),
+    "v2 inpainting": (config.SD2_INPAINT, 865_925_124, 83_653_863, 340_387_840),
+    "v2 depth": (config.SD2_DEPTH, 865_913_604, 83_653_863, 340_387_840),
+    "x4": (config.SD_X4, 473_398_020, 55_325_927, 340_387_840),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_families_have_the_published_numbers_of_parameters(family):
+    model, *counts = PUBLISHED[family]
     with torch.device("meta"):
-        counts = {
-            859_520_964: UNet(SD1.unet),
-            83_653_863: VAE(SD1.vae),
-            123_060_480: TextTower(SD1.text),
-        }  # the published counts
-    for count, module in counts.items():
-        assert sum(p.numel() for p in module.parameters()) == count
+        modules = UNet(model.unet), VAE(model.vae), TextTower(model.text)
+    assert [sum(p.numel() for p in module.parameters()) for module in modules] == counts
 
 
 def test_later_words_do_not_change_earlier_context():

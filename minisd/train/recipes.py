@@ -17,7 +17,7 @@ from ..clip import CLIP, TextTower
 from ..config import CRITTERS_128, CRITTERS_IMAGE_TOWER, ModelConfig
 from ..critters import Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
-from ..schedule import SCHEDULES
+from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -120,7 +120,7 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
         read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device),
         read_module(TextTower(config.text), shop.model / "text.safetensors").to(shop.device),
         read_tokenizer(shop.model, config),
-        SCHEDULES[config.schedule.name](config.schedule.steps),
+        from_config(config.schedule),
     )
     module = shop.fresh(lambda: UNet(config.unet), run.seed)
     yield from shop.run("unet", module, diffusion_loss, data, run)
