@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_pencil_sketches_have_no_colour_words():
         scene = dataclasses.replace(Scene.sample(random), style="pencil sketch")
         for text in (caption(scene, random), prompt(scene)):
             assert not COLOUR_WORDS & set(text.replace(",", "").split()), text
+
+
+def test_near_misses_are_false_by_one_attribute():
+    random = torch.Generator().manual_seed(5)
+    nouns = {noun: species for species, words in captions.NOUNS.items() for noun in words}
+    seen = set()
+    for _ in range(300):
+        scene = Scene.sample(random)
+        true, *false = captions.near_misses(scene, random, 3)
+        assert len(false) == 3 and true not in false
+        for text in false:
+            changed = set(re.findall(r"[\w-]+", text)) ^ set(re.findall(r"[\w-]+", true))
+            assert changed, (true, text)
+            if changed & set(nouns):  # the other species
+                assert len({nouns[word] for word in re.findall(r"\w+", text + true) if word in nouns}) == 2
+            seen |= changed
+    assert {"cat", "dog", "blue", "orange", "left", "collar", "beach", "cartoon", "sitting", "striped"} <= seen
+
+
+def test_a_mirrored_scene_looks_the_other_way_and_renders_so():
+    scene = Scene(look="left", seed=3)
+    assert scene.mirrored() == Scene(look="right", seed=3) and scene.mirrored().mirrored() == scene
+    assert Scene(seed=3).mirrored() == Scene(seed=3)
 
 
 def test_captions_vary_and_stay_short():

@@ -6,10 +6,14 @@ Captions never say what the picture cannot show: a pencil sketch has no colour w
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from .scene import Scene
+from .scene import WORDS, Scene
 
 NOUNS = {"cat": ("cat", "cat", "cat", "kitten", "kitty", "feline"), "dog": ("dog", "dog", "dog", "puppy", "pup")}
 FUR_WORDS = {
@@ -44,12 +48,20 @@ STYLE_WORDS = {
 ADJECTIVES = ("cute", "happy", "little", "sweet", "lovely")
 
 
+# What is left to chance in a caption, slot by slot: whether the attribute is named, and by which of its words.
+SLOTS = ("adjective", "fur", "pattern", "species", "eyes", "accessory", "order", "pose", "look", "background", "style")
+UNSAID = {"pattern": "solid", "accessory": "none", "look": "front"}  # words that no caption has
+
+Choose = Callable[[str, Sequence], Any]  # of a slot's options, one
+Keep = Callable[[str], bool]  # whether a slot is named
+
+
 def prompt(scene: Scene) -> str:
     """The plain caption that names every attribute the picture shows.
 
     For example "a watercolor portrait of an orange cat with blue eyes on a beach".
     """
-    return _sentence(scene, choose=lambda options: options[0], keep=lambda: True, adjective=None, style_first=True)
+    return _sentence(scene, choose=lambda _, options: options[0], keep=lambda _: True, adjective=None, style_first=True)
 
 
 def caption(scene: Scene, generator: torch.Generator, drop: float = 0.15) -> str:
@@ -58,44 +70,82 @@ def caption(scene: Scene, generator: torch.Generator, drop: float = 0.15) -> str
     Every attribute but the species is left out with probability `drop`; the style leads ("a cartoon of ...") or
     follows ("..., cartoon").
     """
-
-    def chance(probability: float) -> bool:
-        return float(torch.rand((), generator=generator)) < probability
-
-    def choose(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
-    adjective = choose(ADJECTIVES) if chance(0.3) else None
-    return _sentence(scene, choose, lambda: not chance(drop), adjective, style_first=chance(0.5))
+    return _lucky(scene, _luck(generator), drop)
 
 
-def _sentence(scene: Scene, choose, keep, adjective: str | None, style_first: bool) -> str:
-    """Put the words together; `choose` picks a synonym, `keep` decides whether the next attribute is named."""
+def near_misses(scene: Scene, generator: torch.Generator, count: int) -> list[str]:
+    """A true caption, then `count` false ones: the same sentence with one attribute of the scene exchanged.
+
+    Telling them apart takes every word of the sentence, not its most striking ones (Yuksekgonul et al. 2023, "When and
+    why vision-language models behave like bags-of-words", section 5).
+    """
+    luck = _luck(generator)
+    captions = [_lucky(scene, luck)]
+    while len(captions) <= count:
+        captions += {_lucky(_exchanged(scene, generator), luck)} - {captions[0]}  # the same where it was left out
+    return captions
+
+
+def _exchanged(scene: Scene, generator: torch.Generator) -> Scene:
+    """The scene with one attribute exchanged for another that a caption can name."""
+    while True:
+        name = _pick(list(WORDS), generator)
+        words = {w for w in WORDS[name] if w != UNSAID.get(name) and w != getattr(scene, name)}
+        change = {name: _pick(sorted(words), generator)}
+        if name == "species" and scene.pattern in ("striped", "spotted"):  # a coat that only the other animal has
+            change["pattern"] = "spotted" if scene.pattern == "striped" else "striped"
+        with suppress(ValueError):  # a coat that can't be
+            return replace(scene, **change)
+
+
+def _pick(options: Sequence, generator: torch.Generator) -> Any:
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def _luck(generator: torch.Generator) -> dict[str, tuple[float, float]]:
+    """Two numbers from 0 to 1 a slot: they decide whether it is named, and how."""
+    return dict(zip(SLOTS, torch.rand(len(SLOTS), 2, generator=generator).tolist(), strict=True))
+
+
+def _lucky(scene: Scene, luck: dict[str, tuple[float, float]], drop: float = 0.15) -> str:
+    def keep(slot: str) -> bool:
+        return luck[slot][0] >= drop
+
+    def choose(slot: str, options: Sequence) -> Any:
+        return options[int(luck[slot][1] * len(options))]
+
+    adjective = choose("adjective", ADJECTIVES) if luck["adjective"][0] < 0.3 else None
+    return _sentence(scene, choose, keep, adjective, style_first=luck["order"][0] < 0.5)
+
+
+def _sentence(scene: Scene, choose: Choose, keep: Keep, adjective: str | None, style_first: bool) -> str:
+    """Put the words together; `choose` picks a synonym, `keep` decides whether an attribute is named."""
     colour = scene.style != "pencil sketch"
-    fur = choose(FUR_WORDS[scene.fur]) if colour and keep() else ""
-    pattern = choose(PATTERN_WORDS[scene.species, scene.pattern]) if scene.pattern != "solid" and keep() else ""
-    critter = _article(" ".join(filter(None, (adjective, fur, pattern, choose(NOUNS[scene.species])))))
-    features = [f"{scene.eyes} eyes"] if colour and keep() else []
-    if scene.accessory != "none" and keep():
+    fur = choose("fur", FUR_WORDS[scene.fur]) if colour and keep("fur") else ""
+    patterned = scene.pattern != "solid" and keep("pattern")
+    pattern = choose("pattern", PATTERN_WORDS[scene.species, scene.pattern]) if patterned else ""
+    critter = _article(" ".join(filter(None, (adjective, fur, pattern, choose("species", NOUNS[scene.species])))))
+    features = [f"{scene.eyes} eyes"] if colour and keep("eyes") else []
+    if scene.accessory != "none" and keep("accessory"):
         features.append(_article(scene.accessory if colour else re.sub("red |blue ", "", scene.accessory)))
     if features:
-        critter += " with " + " and ".join(features if choose((True, True, False)) else features[::-1])
-    portrait = choose(PORTRAITS) if scene.pose == "portrait" and keep() else ""
-    if scene.pose != "portrait" and keep():
-        critter += " " + choose(POSE_WORDS[scene.pose])
-    if scene.look != "front" and keep():
+        critter += " with " + " and ".join(features if choose("order", (True, True, False)) else features[::-1])
+    portrait = choose("pose", PORTRAITS) if scene.pose == "portrait" and keep("pose") else ""
+    if scene.pose != "portrait" and keep("pose"):
+        critter += " " + choose("pose", POSE_WORDS[scene.pose])
+    if scene.look != "front" and keep("look"):
         critter += f" looking {scene.look}"
-    if keep():
+    if keep("background"):
         critter += " " + _place(scene, colour, choose)
-    style = choose(STYLE_WORDS[scene.style]) if keep() else ""
+    style = choose("style", STYLE_WORDS[scene.style]) if keep("style") else ""
     if style and style_first:
         return f"{style} {portrait} of {critter}".replace("  ", " ")
     return (f"a {portrait} of {critter}" if portrait else critter) + (f", {style.removeprefix('a ')}" if style else "")
 
 
-def _place(scene: Scene, colour: bool, choose) -> str:
+def _place(scene: Scene, colour: bool, choose: Choose) -> str:
     if scene.background != "studio":
-        return choose(PLACES[scene.background])
+        return choose("background", PLACES[scene.background])
     return f"on a {scene.studio} background" if colour else "on a plain background"
 
 

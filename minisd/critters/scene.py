@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -105,6 +105,10 @@ class Scene:
             scene = cls(species=species, pattern=pattern, seed=seed, **words)
             if split == "all" or scene.held_out == (split == "held-out"):
                 return scene
+
+    def mirrored(self) -> Scene:
+        """What the mirror image of this scene's picture shows: a critter that looks the other way."""
+        return replace(self, look={"left": "right", "right": "left"}.get(self.look, self.look))
 
     def words(self) -> dict[str, str]:
         """The attribute words without the seed."""

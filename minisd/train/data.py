@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..clip import TextTower
 from ..critters import PARTS, Scene, caption, render
+from ..critters.captions import near_misses
 from ..files import replacing
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from ..vae import VAE
 from .loop import Batch, share
 
 CHUNK = 80  # renders a file
+NEAR_MISSES = 3  # false captions a picture
 EYES = PARTS.index("eyes")
 EYE_WEIGHT = 8.0  # how much more an error counts in the eyes, which are small and looked at first
 
@@ -71,6 +73,12 @@ class Renders:
         """Pictures in [-1, 1]."""
         return torch.from_numpy(self.images[indices.numpy()]).float() / 127.5 - 1
 
+    def mirror_some(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, list[Scene]]:
+        """A coin for each of the samples at `indices`, and what it shows: its scene, or the mirrored one."""
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5
+        scenes = [self.scenes[i] for i in indices.tolist()]
+        return mirrored, [s.mirrored() if m else s for s, m in zip(scenes, mirrored.tolist(), strict=True)]
+
 
 class Pictures:
     """What the autoencoder sees: pictures, mirrored half of the time, and how much each pixel matters."""
@@ -93,7 +101,7 @@ class Pictures:
 
 
 class Captioned:
-    """What the mini CLIP sees: pictures and a fresh caption of each."""
+    """What the mini CLIP sees: pictures, half of them mirrored; a fresh caption of each, and false ones close to it."""
 
     def __init__(self, renders: Renders, tokenizer: Tokenizer):
         self.renders, self.tokenizer = renders, tokenizer
@@ -102,15 +110,21 @@ class Captioned:
         return len(self.renders)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        captions = [caption(self.renders.scenes[i], generator) for i in indices.tolist()]
-        return {"image": self.renders.pictures(indices), "ids": self.tokenizer(captions)}
+        mirrored, scenes = self.renders.mirror_some(indices, generator)
+        ids = self.tokenizer([text for scene in scenes for text in near_misses(scene, generator, NEAR_MISSES)])
+        ids = ids[:, : int(ids.argmax(1).max()) + 1]  # what comes after the end mark, no caption's embedding knows of
+        image = self.renders.pictures(indices)
+        return {
+            "image": torch.where(mirrored[:, None, None, None], image.flip(3), image),
+            "ids": ids.unflatten(0, (-1, 1 + NEAR_MISSES)),
+        }
 
 
 class Latents:
     """What the U-Net sees: a noised latent, its time and its caption's context; the target is v.
 
-    Each picture is encoded once, as a Gaussian that every visit samples anew. One caption in ten is dropped (left
-    empty), which is what makes classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
+    Each picture and its mirror image are encoded once, as Gaussians that every visit samples anew. One caption in ten
+    is dropped (left empty), which is what makes classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
     """
 
     DROPPED = 0.1
@@ -121,24 +135,27 @@ class Latents:
         means, deviations = [], []
         with torch.no_grad():
             for indices in tqdm(torch.arange(len(renders)).split(64), desc="encoding"):
-                posterior = vae.posterior(renders.pictures(indices).to(self.device))
-                means.append(posterior.mean.cpu())
-                deviations.append((posterior.logvar / 2).exp().cpu())
-        self.mean, self.deviation = torch.cat(means), torch.cat(deviations)
+                image = renders.pictures(indices).to(self.device)
+                both = [vae.posterior(side) for side in (image, image.flip(3))]
+                means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
+                deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
+        self.mean, self.deviation = torch.cat(means), torch.cat(deviations)  # sample, as it is or mirrored, c, h, w
 
     def __len__(self) -> int:
         return len(self.renders)
 
     @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        count, shape = len(indices), self.mean.shape[1:]
+        count, shape = len(indices), self.mean.shape[2:]
         keep = torch.rand(count, generator=generator) >= self.DROPPED
-        captions = [caption(self.renders.scenes[i], generator) for i in indices.tolist()]
+        mirrored, scenes = self.renders.mirror_some(indices, generator)
+        captions = [caption(scene, generator) for scene in scenes]
         ids = self.tokenizer([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
         context = self.text(ids.to(self.device))
 
         noise = torch.randn(count, *shape, generator=generator)
-        x0 = self.scaling * (self.mean[indices] + self.deviation[indices] * noise)
+        seen = indices, mirrored.long()
+        x0 = self.scaling * (self.mean[seen] + self.deviation[seen] * noise)
         t = torch.randint(len(self.schedule.betas), (count,), generator=generator)
         eps = torch.randn(count, *shape, generator=generator)
         return {

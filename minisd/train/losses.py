@@ -38,15 +38,17 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of finding each picture's caption in the batch, and each caption's picture.
+    """Cross-entropy of finding each caption's picture in the batch, and each picture's caption among all.
 
-    (Radford et al. 2021, figure 3.)
+    (Radford et al. 2021, figure 3; with false captions added to the true ones: Yuksekgonul et al. 2023, section 5.)
 
-    Batch: `image` [b 3 h w], `ids` [b n].
+    Batch: `image` [b 3 h w], `ids` [b k n], of whose k captions a picture the first is true.
     """
-    similarity = clip.similarity(batch["image"], batch["ids"]).float()
-    own = torch.arange(len(similarity), device=similarity.device)
-    loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    image, ids = batch["image"], batch["ids"]
+    true, false = ids[:, 0], ids[:, 1:].flatten(0, 1)
+    similarity = clip.similarity(image, torch.cat([true, false])).float()  # b, b k
+    own = torch.arange(len(image), device=image.device)
+    loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity[:, : len(image)].T, own)) / 2
     return loss, {"accuracy": (similarity.argmax(dim=1) == own).float().mean()}
 
 
