@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .schedule import NoiseSchedule
@@ -53,7 +53,9 @@ class Denoiser:
 
     `context` is the encoded prompt, or one a sample; `negative` what to steer away from, such as the encoded empty
     prompt. At guidance 1 the network runs on `context` alone, else once on a batch of both, which takes a `negative`.
-    The network runs in its own dtype and device; the result comes back in those of `x`.
+    `concat` are channels that stand beside the noisy latent (a mask and what it leaves, a depth map, a small picture),
+    `label` the noise level of the small picture; guidance leaves both as they are. The network runs in its own dtype
+    and device; the result comes back in those of `x`.
     """
 
     unet: UNet
@@ -63,6 +65,8 @@ class Denoiser:
     negative: Float[Tensor, "#b n d"] | None = None
     guidance: float = 1.0
     rescale: float = 0.0
+    concat: Float[Tensor, "#b k h w"] | None = None
+    label: Int[Tensor, "#b"] | None = None
 
     def __post_init__(self):
         if self.guidance != 1 and (self.context is None or self.negative is None):
@@ -72,11 +76,15 @@ class Denoiser:
         """The network's raw prediction, guided."""
         weight = self.unet.conv_in.weight
         x_t = (x / (1 + sigma**2).sqrt()).to(weight)
+        if self.concat is not None:
+            x_t = torch.cat([x_t, self.concat.to(weight).expand(len(x), -1, -1, -1)], dim=1)
         t = self.schedule.t(sigma.cpu()).to(weight.device, torch.float32).expand(len(x))
+        label = None if self.label is None else self.label.to(weight.device).expand(len(x))
         told = [c.to(weight).expand(len(x), -1, -1) for c in (self.negative, self.context) if c is not None]
         if self.guidance == 1:
-            return self.unet(x_t, t, told[-1] if told else None).to(x)
-        uncond, cond = self.unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat(told)).to(x).chunk(2)
+            return self.unet(x_t, t, told[-1] if told else None, label).to(x)
+        label = None if label is None else label.repeat(2)
+        uncond, cond = self.unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat(told), label).to(x).chunk(2)
         return guide(cond, uncond, self.guidance, self.rescale)
 
     def __call__(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:

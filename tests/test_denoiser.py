@@ -46,10 +46,12 @@ class Recorder(UNet):
 
     def __init__(self):
         super().__init__(UNetConfig(widths=(8,), blocks=1, attention=(False,), heads=1, context_dim=8, groups=2))
-        self.calls = []
+        self.calls, self.labels = [], []
 
-    def forward(self, x_t, t, context=None):
+    def forward(self, x_t, t, context=None, label=None):
         self.calls.append((x_t, t, context))
+        self.labels.append(label)
+        x_t = x_t[:, :4]
         return context.mean(dim=(1, 2)).view(-1, 1, 1, 1).expand_as(x_t)
 
 
@@ -84,3 +86,15 @@ def test_one_context_serves_a_whole_batch_and_guidance_needs_something_to_lead_a
     assert torch.equal(one, each)
     with pytest.raises(ValueError, match=r"guidance 7\.5 needs"):
         Denoiser(Recorder(), SCHEDULE, "eps", cond, guidance=7.5)
+
+
+def test_channels_beside_the_latent_and_the_label_are_the_same_for_both_halves():
+    network, x, sigma = Recorder(), shaped(0, 2, 4, 3, 3).float(), SCHEDULE.sigma(400.0)
+    cond, uncond, mask = torch.full((1, 3, 8), 5.0), torch.full((1, 3, 8), 1.0), shaped(1, 1, 5, 3, 3).float()
+    told = {"concat": mask, "label": torch.tensor([20])}
+    for guidance, count in ((3.0, 4), (1.0, 2)):
+        x0 = Denoiser(network, SCHEDULE, "eps", cond, uncond, guidance, **told)(x, sigma)
+        assert x0.shape == x.shape
+        x_t = network.calls[-1][0]
+        assert x_t.shape == (count, 9, 3, 3) and torch.equal(x_t[:, 4:], mask.expand(count, -1, -1, -1))
+        assert torch.equal(network.labels[-1], torch.full((count,), 20))
