@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
+from .prompt import encode as encode_prompts
 from .schedule import NoiseSchedule, from_config, plan
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -60,17 +61,25 @@ class StableDiffusion:
     # The parts
 
     @torch.no_grad()
-    def encode_text(self, prompts: str | Sequence[str]) -> Float[Tensor, "b n d"]:
-        """The context of one prompt or several. Words beyond the last place are dropped, and named in a warning."""
-        prompts = checks.prompts(prompts)
-        for prompt in dict.fromkeys(prompts):
-            ids = self.tokenizer.encode(prompt)
-            if len(ids) > self.tokenizer.room:
-                dropped = self.tokenizer.decode(ids[self.tokenizer.room :])
-                warnings.warn(
-                    f"kept {self.tokenizer.room} of {len(ids)} tokens, dropped {dropped[:200]!r}", stacklevel=2
-                )
-        return self.text(self.tokenizer(prompts).to(self.device))
+    def encode_text(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        long_prompts: Literal["cut", "chunk"] = "cut",
+        clip_skip: int | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """The context of one prompt or several: encode a prompt and its negative in one call, they are then as long.
+
+        `(blue eyes:1.3)` weighs words more, `[blue eyes]` less, BREAK starts a new chunk; a bracket that is meant is
+        written with a backslash before it (see `minisd.prompt`). `long_prompts`: "cut" keeps one chunk, as many places
+        as the text tower has, and names the words that are dropped in a warning; "chunk" encodes them in further
+        chunks. `clip_skip` counts as AUTOMATIC1111's web UI and most model cards do: 1 reads the last block, 2 leaves
+        it out (diffusers' `clip_skip=1`); by default as the model's config says. Raises ValueError for what can't be.
+        """
+        skip_last = None
+        if clip_skip is not None:
+            skip_last = checks.integer("clip_skip", clip_skip, 1, self.text.config.layers) - 1
+        return encode_prompts(self.text, self.tokenizer, prompts, long_prompts, skip_last)
 
     def denoiser(
         self,

@@ -46,11 +46,14 @@ REFUSED = {
         (["a cat", None], "number 1.*NoneType"),
         ("a cat \ud83d", "position 6"),
         (["a cat", "\udc00"], "number 1.*position 0"),
+        ("(cat:nan)", "weight of 'cat' is nan.*as in"),
+        ("(cat:1..2)", "weight '1..2'.*as in"),
     ],
     "negative": [
         (["a", "b"], "2 negative prompts for 1 prompt"),
         (None, "negative prompt.*None"),
         (3, "negative prompt.*3"),
+        ("(cat:inf)", "weight of 'cat' is inf"),
     ],
     "size": [
         (0, "size is 0.*from 1"),
@@ -149,11 +152,16 @@ def test_a_model_that_is_not_there_names_where_it_was_looked_for(model):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", " ", "((((" * 50, "(cat:nan)", "猫 😀", "\x1b[31mred", "\u202eright to left", "<|endoftext|>"]
+    "prompt", ["", " ", "()", "(cat:0)", "(cat:-1)", "cat)])", "BREAK", "猫 😀", "\u202eright to left", "<|endoftext|>"]
 )
-@pytest.mark.filterwarnings("ignore:kept 75")
 def test_odd_prompts_draw(prompt):
     assert sd()(prompt, seed=1, steps=1, progress=False).size == (64, 64)
+
+
+@pytest.mark.parametrize("prompt", ["((((" * 50, "(cat", "[[cat]", "\x1b[31mred"])
+def test_brackets_that_are_never_closed_draw_and_say_so(prompt):
+    with pytest.warns(UserWarning, match="never closed"):
+        assert sd()(prompt, seed=1, steps=1, progress=False).size == (64, 64)
 
 
 def test_ten_thousand_characters_draw_and_say_what_was_cut():
