@@ -74,7 +74,8 @@ class StableDiffusion:
         written with a backslash before it (see `minisd.prompt`). `long_prompts`: "cut" keeps one chunk, as many places
         as the text tower has, and names the words that are dropped in a warning; "chunk" encodes them in further
         chunks. `clip_skip` counts as AUTOMATIC1111's web UI and most model cards do: 1 reads the last block, 2 leaves
-        it out (diffusers' `clip_skip=1`); by default as the model's config says. Raises ValueError for what can't be.
+        it out (diffusers' `clip_skip=1`); by default as the model's config says. (The web UI
+        ignores it for v2, here 2 leaves out one more.) Raises ValueError for what can't be.
         """
         skip_last = None
         if clip_skip is not None:

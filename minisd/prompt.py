@@ -60,7 +60,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
             weight = math.prod(product[-1] for product in products.values())
             if not abs(weight) <= MAX_WEIGHT:  # or not a number
                 raise ValueError(
-                    f"the weight of {piece[0][:40]!r} is {weight:g}; it must be a number from {-MAX_WEIGHT:g} to "
+                    f"the weight of {piece[0][:40]!r} is {weight}; it must be a number from {-MAX_WEIGHT:g} to "
                     f"{MAX_WEIGHT:g}, as in (blue eyes:1.3)"
                 )
             *ended, last = re.split(rf"\b{BREAK}\b\s*", piece["escaped"] or piece[0])

@@ -127,9 +127,9 @@ def test_a_bracket_never_closed_is_said(prompt, count):
         ("(cat:-Inf)", "'cat' is -inf"),
         ("(cat:infinity)", "'cat' is inf"),
         (f"(cat:{'9' * 400})", "'cat' is inf"),
-        ("(cat:1000001)", "'cat' is 1e.06"),
-        ("((cat:2000):2000)", "'cat' is 4e.06"),
-        ("(" * 200 + "cat", "'cat' is 1.8"),
+        ("(cat:1000001)", "'cat' is 1000001"),
+        ("((cat:2000):2000)", "'cat' is 4000000"),
+        ("(" * 200 + "cat", "'cat' is 1899052"),
         ("(" * 20_000 + "cat", "'cat' is inf"),
         ("(cat:1..2)", "'1..2' is no number.*blue eyes"),
     ],
@@ -225,7 +225,7 @@ def test_weights_and_the_mean_restored_are_those_of_the_web_ui():
         name: torch.tensor(value, dtype=torch.float64) for name, value in GOLDEN["emphasis"].items() if name != "note"
     }
     weighted = weigh(golden["z_in"].reshape(1, 6, 4), golden["multipliers"].reshape(1, 6))
-    torch.testing.assert_close(weighted.reshape(2, 3, 4), golden["z_out_original"], rtol=0, atol=1e-15)
+    torch.testing.assert_close(weighted.reshape(2, 3, 4), golden["z_out_original"], rtol=0, atol=1e-14)
 
 
 def test_weights_of_one_change_nothing():
@@ -285,8 +285,8 @@ def test_each_chunk_is_read_on_its_own():
 def test_shorter_prompts_are_filled_up_with_empty_chunks():
     both = context(["x" * 80, "a cat"], long_prompts="chunk")
     assert both.shape == (2, 154, 16)
-    torch.testing.assert_close(both[1], torch.cat([context("a cat"), context("")], dim=1)[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(both[:1], context("x" * 80, long_prompts="chunk"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(both[1], torch.cat([context("a cat"), context("")], dim=1)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(both[:1], context("x" * 80, long_prompts="chunk"), rtol=0, atol=1e-6)
 
 
 def test_what_is_cut_is_named():
@@ -306,8 +306,7 @@ def test_skipped_blocks_equal_transformers(skipped):
     """The web UI's clip skip N and diffusers' clip_skip N - 1: hidden_states[-N], then the final norm."""
     peer = text_peer(TOWER)(LETTERS(["a cat"]), output_hidden_states=True)
     expected = TOWER.final_norm(peer.hidden_states[-1 - skipped])
-    error = (context("a cat", skip_last=skipped) - expected).abs().max()
-    assert error < 1e-5
+    torch.testing.assert_close(context("a cat", skip_last=skipped), expected, rtol=0, atol=1e-6)
     if skipped:
         assert (expected - peer.last_hidden_state).abs().max() > 0.1
 
