@@ -71,6 +71,11 @@ class Denoiser:
     def __post_init__(self):
         if self.guidance != 1 and (self.context is None or self.negative is None):
             raise ValueError(f'guidance {self.guidance} needs a context and a negative one, such as encode_text("")')
+        if self.guidance != 1 and self.context.shape[1] != self.negative.shape[1]:
+            raise ValueError(
+                f"the context has {self.context.shape[1]} places, the negative one {self.negative.shape[1]}; encode them "
+                "in one call, encode_text([prompt, negative]), and they are as long"
+            )
 
     def predict(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:
         """The network's raw prediction, guided."""

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks, samplers
+from . import checks
 from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
+from .devices import check_device, free_memory, naming_the_knob
 from .prompt import encode as encode_prompts
-from .schedule import NoiseSchedule, from_config, plan
+from .run import Run
+from .schedule import NoiseSchedule, from_config
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 from .weights import read_parts, resolve
 
-MAX_GUIDANCE = 100.0
+MAX_NOISE_LEVEL = 350  # of the upscaler's training
+WAYS = {  # by the number of input channels: what a model is for
+    4: "draws from prompts: call it with one, or text_to_image, img2img, inpaint",
+    5: "draws by depth: call depth2img with a picture",
+    7: "enlarges pictures: call upscale with one",
+    9: "draws from prompts and fills holes: call text_to_image, img2img, inpaint",
+}
 
 
 class StableDiffusion:
@@ -88,9 +92,12 @@ class StableDiffusion:
         negative: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
         rescale: float = 0.0,
+        concat: Float[Tensor, "#b k h w"] | None = None,
+        label: Int[Tensor, "#b"] | None = None,
     ) -> Denoiser:
         """`denoise(x, sigma)` for the given contexts: what samplers call."""
-        return Denoiser(self.unet, self.schedule, self.config.prediction, context, negative, guidance, rescale)
+        kind = self.config.prediction
+        return Denoiser(self.unet, self.schedule, kind, context, negative, guidance, rescale, concat, label)
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b z h8 w8"]:
@@ -105,58 +112,41 @@ class StableDiffusion:
     # The ways to draw
 
     def text_to_image(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative: str | Sequence[str] = "",
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
-        size: int | tuple[int, int] | None = None,
-        **settings: Any,
+        self, prompt: str | Sequence[str], *, size: int | tuple[int, int] | None = None, **settings: Any
     ) -> Image.Image | list[Image.Image]:
         """Draw pictures from prompts alone: one picture for one prompt and n = 1, else a list, n in a row a prompt.
 
-        `negative`: what to steer away from. `seed`: of the first picture, the next ones count on; or a list; without
-        one it is drawn. `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; by default
-        the size of training. `settings`: `steps` (20), `guidance` (the model's own), `rescale` (0), `sampler`
-        (`samplers.dpmpp_2m`), `schedule` ("karras", or another spacing of `schedule.plan`), `progress` (True).
+        `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; by default the size of
+        training. Every way to draw has these `settings`: `negative` (""), what to steer away from; `seed`, of the first
+        picture, the next ones count on, or a list, drawn if left out; `n` (1); `steps` (20); `guidance` (the model's
+        own); `rescale` (0); `sampler` (`samplers.dpmpp_2m`); `schedule` ("karras", or another spacing of
+        `schedule.plan`); `long_prompts` ("cut") and `clip_skip` of `encode_text`; `progress` (True).
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.
         """
+        self._must_take(4, 9)
         factor = self.vae.config.factor
         width, height = checks.size(self.config.size if size is None else size, factor)
-        run = self._run(prompt, negative, seed, n, **settings)
-        self._check_memory(run.count, width, height)
-        return run.draw((height // factor, width // factor))
+        run = Run(self.config, self.schedule, prompt, **settings)
+        self._check_memory(len(run), width, height)
+        return self._draw(run, (height // factor, width // factor))
 
     __call__ = text_to_image
 
     def img2img(
-        self,
-        prompt: str | Sequence[str],
-        picture: Image.Image,
-        *,
-        strength: float = 0.6,
-        negative: str | Sequence[str] = "",
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
-        **settings: Any,
+        self, prompt: str | Sequence[str], picture: Image.Image, *, strength: float = 0.6, **settings: Any
     ) -> Image.Image | list[Image.Image]:
         """Redraw a picture: add noise by the denoising strength, then denoise towards the prompt (Meng et al. 2022,
         SDEdit).
 
         `strength` 0 gives the picture back; 1 forgets it and is text to image; between them the last `strength *
-        steps` steps run, at least one. Other settings as in `text_to_image`.
+        steps` steps run, at least one. `settings` as in `text_to_image`.
         """
-        strength = checks.number("strength", strength, 0, 1)
+        self._must_take(4, 9)
+        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
-        run = self._run(prompt, negative, seed, n, strength=strength, **settings)
-        self._check_memory(run.count, *picture.size)
-        if strength == 0:
-            return run.finish([picture.copy() for _ in range(run.count)])
-        latent = self.encode(images.from_pil(picture))
-        return run.draw(latent.shape[-2:], latent)
+        return self._redraw(run, picture)
 
     def inpaint(
         self,
@@ -165,59 +155,117 @@ class StableDiffusion:
         mask: Image.Image,
         *,
         strength: float = 1.0,
-        negative: str | Sequence[str] = "",
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Redraw only where the mask is white: elsewhere every prediction is replaced by the picture's own latent.
+        """Redraw only where the mask is white.
 
-        Pixels outside the mask come back untouched. A mask of another size is resized, with a warning; an all black one
-        leaves the picture as it is, with a warning. Other settings as in `img2img`.
+        A model of 9 channels is shown the mask and the rest of the picture; with any other every prediction outside the
+        mask is replaced by the picture's own latent. Pixels outside the mask come back untouched. A mask of another
+        size is resized, with a warning; an all black one leaves the picture as it is, with a warning. `strength` as in
+        `img2img`, `settings` as in `text_to_image`.
         """
-        strength = checks.number("strength", strength, 0, 1)
+        self._must_take(4, 9)
+        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
+        picture, mask = self._picture_and_mask(picture, mask)
+        if mask.getextrema() == (0, 0):
+            warnings.warn("the mask is all black: nothing is redrawn; paint white what should change", stacklevel=2)
+            return run.finish([picture.copy() for _ in range(len(run))])
+        white = (images.from_pil(mask)[:, :1] > 0).float()
         factor = self.vae.config.factor
+        if self.config.unet.in_channels == 9:
+            rest = self.encode(images.from_pil(picture) * (1 - white))  # grey, which is 0, where it is to be redrawn
+            cells = white[:, :, factor // 2 :: factor, factor // 2 :: factor]
+            drawn = self._redraw(run, picture, concat=torch.cat([cells, rest], dim=1))
+        else:
+            cells = F.max_pool2d(white, factor)  # a cell of the latent is redrawn if any pixel of it is
+            drawn = self._redraw(run, picture, mask=cells)
+        for new in drawn if isinstance(drawn, list) else [drawn]:
+            new.paste(picture, mask=mask.point(lambda value: 255 - value))
+        return drawn
+
+    def upscale(
+        self, prompt: str | Sequence[str], picture: Image.Image, *, noise_level: int = 20, **settings: Any
+    ) -> Image.Image | list[Image.Image]:
+        """Enlarge a picture, four times with the published upscaler (Rombach et al. 2022, section 4.5).
+
+        The network sees the small picture beside the latent, with noise of step `noise_level` of the schedule (0 to
+        350) added: more noise leaves more to invention. `settings` as in `text_to_image`.
+        """
+        self._must_take(7)
+        noise_level = checks.integer("noise_level", noise_level, 0, MAX_NOISE_LEVEL)
+        run = Run(self.config, self.schedule, prompt, **settings)
+        run.settings["noise_level"] = noise_level
+        small = images.from_pil(images.to_rgb(picture))
+        factor, cells = self.vae.config.factor, small.shape[-2:]
+        self._check_memory(len(run), cells[1] * factor, cells[0] * factor)
+        label = torch.tensor([noise_level])
+        noised = self.schedule.add_noise(
+            small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, *cells)
+        )
+        return self._draw(run, cells, concat=noised, label=label)
+
+    def _redraw(
+        self, run: Run, picture: Image.Image, mask: Tensor | None = None, concat: Tensor | None = None
+    ) -> Image.Image | list[Image.Image]:
+        """From a picture, as far as the strength goes; strength 0 gives its own pixels."""
+        self._check_memory(len(run), *picture.size)
+        if run.strength == 0:
+            return run.finish([picture.copy() for _ in range(len(run))])
+        latent = self.encode(images.from_pil(picture))
+        return self._draw(run, latent.shape[-2:], latent, mask, concat)
+
+    @naming_the_knob()
+    @torch.no_grad()
+    def _draw(
+        self,
+        run: Run,
+        cells: tuple[int, int],
+        latent: Float[Tensor, "1 z h w"] | None = None,
+        mask: Float[Tensor, "1 1 h w"] | None = None,
+        concat: Float[Tensor, "#b k h w"] | None = None,
+        label: Int[Tensor, "1"] | None = None,
+    ) -> Image.Image | list[Image.Image]:
+        """Sample at a latent size, from pure noise or from a noised latent, and decode.
+
+        Each picture's generator gives the start first, then one noise a step where the sampler asks for it.
+        """
+        shape = (self.config.vae.latent_channels, *cells)
+        if concat is None and self.config.unet.in_channels == 9:
+            concat = self._all_masked(cells)
+        if run.guidance == 1:
+            context, negative = self.encode_text(run.prompts, **run.reading), None
+        else:
+            context, negative = self.encode_text(run.prompts + run.negatives, **run.reading).chunk(2)
+        denoise = self.denoiser(context, negative, run.guidance, run.rescale, concat, label)
+        blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
+        trail = run.sampler(blended, run.start(shape, latent), run.sigmas, lambda *_: run.noise(*shape))
+        for step, (x, _) in enumerate(tqdm(trail, total=len(run.sigmas) - 1, disable=not run.progress), start=1):
+            if not x.isfinite().all():
+                raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
+        return run.finish(images.to_pil(torch.cat([self.decode(z) for z in x.split(1)])))
+
+    def _all_masked(self, cells: tuple[int, int]) -> Float[Tensor, "1 5 h w"]:
+        """What an inpainting model is shown where there is nothing to keep: a mask all ones, and grey behind it."""
+        height, width = (side * self.vae.config.factor for side in cells)
+        return torch.cat([torch.ones(1, 1, *cells), self.encode(torch.zeros(1, 3, height, width))], dim=1)
+
+    def _picture_and_mask(self, picture: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
+        """A picture whose sides fit, and its mask, black and white, cropped as the picture is."""
         picture = images.to_rgb(picture)
         if not isinstance(mask, Image.Image):
             raise ValueError(f"the mask is a PIL image, not {type(mask).__name__}; minisd.image.read opens a file")
         mask = images.to_rgb(mask, background="black").convert("L")
         if mask.size != picture.size:
-            warnings.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized", stacklevel=2)
+            warnings.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized", stacklevel=3)
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
-        picture = images.fit(picture, multiple=factor)
-        mask = images.fit(mask, picture.size).point(lambda value: 255 * (value >= 128))  # cropped as the picture is
-        run = self._run(prompt, negative, seed, n, strength=strength, **settings)
-        self._check_memory(run.count, *picture.size)
-        if mask.getextrema() == (0, 0):
-            warnings.warn("the mask is all black: nothing is redrawn; paint white what should change", stacklevel=2)
-            strength = 0
-        if strength == 0:
-            return run.finish([picture.copy() for _ in range(run.count)])
-        latent = self.encode(images.from_pil(picture))
-        white = (images.from_pil(mask)[:, :1] > 0).float()
-        cells = F.max_pool2d(white, factor)  # a cell of the latent is redrawn if any pixel of it is
-        drawn = run.draw(latent.shape[-2:], latent, cells)
-        several = drawn if isinstance(drawn, list) else [drawn]
-        for new in several:
-            new.paste(picture, mask=mask.point(lambda value: 255 - value))
-        return drawn
+        picture = images.fit(picture, multiple=self.vae.config.factor)
+        return picture, images.fit(mask, picture.size).point(lambda value: 255 * (value >= 128))
 
-    def _run(self, prompt: Any, negative: Any, seed: Any, n: int, **settings: Any) -> _Run:
-        """Check everything before anything is computed."""
-        n = checks.integer("n", n, 1, 10_000)
-        prompts = checks.prompts(prompt)
-        negatives = checks.matching(negative, "negative prompt", prompts)
-        count = n * len(prompts)
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        return _Run(
-            self,
-            prompts=[p for p in prompts for _ in range(n)],
-            negatives=[p for p in negatives for _ in range(n)],
-            seeds=checks.seeds(seed, count),
-            single=isinstance(prompt, str) and n == 1,
-            **settings,
-        )
+    def _must_take(self, *channels: int) -> None:
+        """Refuse what the network was not trained for: its input channels say what it is shown beside the latent."""
+        took = self.config.unet.in_channels
+        if took not in channels:
+            raise ValueError(f"{self.config.name} {WAYS[took]}")
 
     def _check_memory(self, count: int, width: int, height: int) -> None:
         """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level."""
@@ -225,132 +273,12 @@ class StableDiffusion:
         decoder = 6 * bytes_ * max(vae.widths[:2]) * pixels  # one picture at a time
         predictor = 40 * bytes_ * unet.widths[0] * 2 * count * pixels // vae.factor**2  # all, doubled by guidance
         needed = max(decoder, predictor)
-        free = _free_memory(self.device)
+        free = free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
                 f"{count} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, there are "
                 f"{free / 2**30:.1f}; choose a smaller size or fewer pictures"
             )
-
-
-def _name(sampler: Callable) -> str:
-    """`ancestral`, or `ancestral(eta=0.5)` where its knobs are set."""
-    if isinstance(sampler, functools.partial):
-        return f"{_name(sampler.func)}({', '.join(f'{knob}={value!r}' for knob, value in sampler.keywords.items())})"
-    return getattr(sampler, "__name__", type(sampler).__name__)
-
-
-@contextmanager
-def _naming_the_knob() -> Iterator[None]:
-    """What to do about a device that runs out of memory all the same: CUDA says so by type, the others by text."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
-            raise
-        raise MemoryError(f"{error}; choose a smaller size or fewer pictures") from error
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes to be had on a device, where the system tells: what is free, and what can be freed for the asking."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all: "available" leaves out the file cache
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-class _Run:
-    """One call's settings, checked; `draw` carries it out."""
-
-    def __init__(
-        self,
-        sd: StableDiffusion,
-        prompts: list[str],
-        negatives: list[str],
-        seeds: list[int],
-        single: bool,
-        steps: int = 20,
-        guidance: float | None = None,
-        rescale: float = 0.0,
-        sampler: Callable = samplers.dpmpp_2m,
-        schedule: str = "karras",
-        strength: float = 1.0,
-        progress: bool = True,
-    ):
-        self.sd, self.prompts, self.negatives, self.seeds, self.single = sd, prompts, negatives, seeds, single
-        steps = checks.integer("steps", steps, 1, sd.config.schedule.steps)
-        if not callable(sampler):
-            raise ValueError(f"sampler is {sampler!r}; it must be a function such as minisd.samplers.euler")
-        if isinstance(sampler, functools.partial) and "eta" in sampler.keywords:
-            checks.number("eta", sampler.keywords["eta"], 0, 1)
-        self.plan = plan(sd.schedule, steps, schedule)
-        self.guidance = checks.number("guidance", sd.config.guidance if guidance is None else guidance, 0, MAX_GUIDANCE)
-        if self.guidance == 1 and any(negatives):
-            warnings.warn("a negative prompt has no effect at guidance 1", stacklevel=4)
-        self.rescale = checks.number("rescale", rescale, 0, 1)
-        self.sampler, self.strength, self.progress = sampler, strength, progress
-        self.settings = {
-            "model": sd.config.name, "steps": steps, "guidance": self.guidance, "rescale": self.rescale,
-            "sampler": _name(sampler), "schedule": schedule, "strength": strength,
-        }  # fmt: skip
-
-    @property
-    def count(self) -> int:
-        return len(self.prompts)
-
-    @_naming_the_knob()
-    @torch.no_grad()
-    def draw(
-        self,
-        cells: tuple[int, int],
-        latent: Float[Tensor, "1 z h w"] | None = None,
-        mask: Float[Tensor, "1 1 h w"] | None = None,
-    ) -> Image.Image | list[Image.Image]:
-        """Sample at a latent size, from pure noise or from a noised latent, and decode."""
-        sd, shape = self.sd, (self.sd.config.vae.latent_channels, *cells)
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-
-        def noise(*_: Tensor) -> Float[Tensor, "b z h w"]:
-            """Each picture's next noise, from its own generator: first the start, then one a step if asked for."""
-            return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-        negative = sd.encode_text(self.negatives) if self.guidance != 1 else None
-        denoise = sd.denoiser(sd.encode_text(self.prompts), negative, self.guidance, self.rescale)
-        sigmas = self.plan.sigmas.float()
-        if self.strength == 1:
-            x = self.plan.init_scale * noise()
-        else:
-            steps = max(1, round(self.strength * (len(sigmas) - 1)))
-            sigmas = sigmas[-steps - 1 :]
-            x = latent + sigmas[0] * noise()
-        blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
-        trail = self.sampler(blended, x, sigmas, noise)
-        for step, (x, _) in enumerate(tqdm(trail, total=len(sigmas) - 1, disable=not self.progress), start=1):
-            if not x.isfinite().all():
-                raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
-        pixels = torch.cat([sd.decode(z) for z in x.split(1)])
-        return self.finish(images.to_pil(pixels))
-
-    def finish(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
-        """Note the settings in each picture; one for one prompt."""
-        for picture, prompt, negative, seed in zip(pictures, self.prompts, self.negatives, self.seeds, strict=True):
-            picture.info = {"prompt": prompt, "negative": negative, "seed": seed, **self.settings}
-        return pictures[0] if self.single else pictures
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """A device that is there, or a ValueError that lists those that are."""
-    there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is unknown; there is: {', '.join(there)}") from error
-    if found.type not in there or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {str(device)!r} is not to be had here; there is: {', '.join(there)}")
-    return found
 
 
 def load(

@@ -106,7 +106,7 @@ def test_a_setting_that_does_not_exist_is_named(idle):
 
 
 def test_more_pictures_than_the_memory_holds_are_refused(idle, monkeypatch):
-    monkeypatch.setattr("minisd.pipeline._free_memory", lambda device: 2**30)
+    monkeypatch.setattr("minisd.pipeline.free_memory", lambda device: 2**30)
     with pytest.raises(ValueError, match=r"1000 pictures.*GiB.*fewer"):
         idle("a cat", n=1000, size=512, seed=1, progress=False)
 

@@ -86,6 +86,8 @@ def test_one_context_serves_a_whole_batch_and_guidance_needs_something_to_lead_a
     assert torch.equal(one, each)
     with pytest.raises(ValueError, match=r"guidance 7\.5 needs"):
         Denoiser(Recorder(), SCHEDULE, "eps", cond, guidance=7.5)
+    with pytest.raises(ValueError, match="3 places, the negative one 6"):
+        Denoiser(Recorder(), SCHEDULE, "eps", cond, uncond.repeat(1, 2, 1), guidance=7.5)
 
 
 def test_channels_beside_the_latent_and_the_label_are_the_same_for_both_halves():

@@ -14,13 +14,14 @@ PACKAGE = ROOT / "minisd"
 
 # A room imports from rooms before it, never from one behind it.
 ORDER = """
-    config checks files samplers toy image
+    config checks devices files samplers toy image
     schedule
     layers
     tokenizer prompt clip vae unet depth denoiser hooks
     keymaps
     adapters
     weights
+    run
     pipeline
     critters train evaluate
     plots widgets

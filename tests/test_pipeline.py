@@ -1,16 +1,20 @@
 """The pipeline on a tiny random model: seeds, batches, strength, masks, and what a picture remembers."""
 
+import dataclasses
 import functools
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from peers import randomise
 from PIL import Image
 from tiny import tiny
 
 import minisd
 from minisd import image, samplers, schedule
+from minisd.pipeline import StableDiffusion
+from minisd.unet import UNet
 from minisd.weights import read_config, save_module, write_config
 
 sd = functools.cache(tiny)
@@ -193,3 +197,76 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(minisd.CheckpointError, match=r"config\.json"):
         read_config(tmp_path)
+
+
+# Models that are shown more than a noisy latent
+
+
+def with_channels(channels: int, **unet) -> StableDiffusion:
+    """The tiny model with another U-Net, which remembers the channels it was shown beside the latent."""
+    model = tiny()
+    config = dataclasses.replace(
+        model.config, unet=dataclasses.replace(model.config.unet, in_channels=channels, **unet)
+    )
+    network = randomise(UNet(config.unet))
+    shown = []
+    network.register_forward_pre_hook(lambda _, args: shown.append((args[0][:, 4:], args[3])))
+    model = StableDiffusion(config, model.tokenizer, model.text, network, model.vae)
+    model.shown = shown
+    return model
+
+
+def test_an_inpainting_model_sees_the_mask_and_what_it_leaves():
+    model, picture, mask = with_channels(9), photograph(), Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 8, 64, 40))
+    drawn = model.inpaint("a cat", picture, mask, seed=1, **QUICK)
+    seen, _ = model.shown[0]
+    assert torch.equal(seen[0, 0], torch.nn.functional.pad(torch.ones(4, 6), (2, 0, 1, 3)))
+    grey = image.from_pil(picture)
+    grey[:, :, 8:40, 16:64] = 0
+    assert torch.allclose(seen[:1, 1:], model.encode(grey), atol=1e-6)
+    kept = pixels(mask) == 0
+    assert (pixels(drawn)[kept] == pixels(picture)[kept]).all()
+    assert (pixels(drawn)[~kept] != pixels(picture)[~kept]).any()
+
+
+def test_an_inpainting_model_draws_from_a_prompt_alone_with_everything_masked():
+    model = with_channels(9)
+    model("a cat", seed=1, size=(64, 32), **QUICK)
+    seen, _ = model.shown[0]
+    assert (seen[:, 0] == 1).all()
+    assert torch.allclose(seen[:1, 1:], model.encode(torch.zeros(1, 3, 32, 64)), atol=1e-6)
+
+
+def test_an_upscaler_enlarges_by_the_factor_of_its_autoencoder_and_sees_the_noised_picture():
+    model, picture = with_channels(7, classes=400), photograph(16, 12)
+    drawn = model.upscale("a cat", picture, noise_level=30, seed=5, **QUICK)
+    assert drawn.size == (128, 96) and drawn.info["noise_level"] == 30
+    seen, label = model.shown[0]
+    assert torch.equal(label, torch.tensor([30, 30]))
+    noise = torch.randn(1, 3, 12, 16, generator=torch.Generator().manual_seed(5))  # a seed's first draw
+    assert torch.allclose(seen[:1], model.schedule.add_noise(image.from_pil(picture), torch.tensor([30]), noise))
+    pair = model.upscale("a cat", picture, noise_level=30, seed=4, n=2, **QUICK)
+    assert np.abs(pixels(pair[1]) - pixels(drawn)).max() <= 1  # the same in every batch
+    for level in (-1, 351, 2.5):
+        with pytest.raises(ValueError, match="noise_level"):
+            model.upscale("a cat", picture, noise_level=level)
+
+
+@pytest.mark.parametrize(
+    "channels, way, instead",
+    [(4, "upscale", "img2img"), (7, "img2img", "upscale"), (7, "text_to_image", "upscale"), (9, "upscale", "inpaint")],
+)
+def test_a_model_refuses_what_it_was_not_made_for_and_says_what_it_was(channels, way, instead):
+    model = with_channels(channels)
+    arguments = ["a cat"] if way == "text_to_image" else ["a cat", photograph()]
+    with pytest.raises(ValueError, match=instead):
+        getattr(model, way)(*arguments, seed=1, **QUICK)
+
+
+def test_long_prompts_in_chunks_draw_with_a_short_negative_one():
+    prompt = "a cat with " + ", ".join(["blue eyes"] * 12) + " BREAK on a beach"
+    with pytest.warns(UserWarning, match="kept 75 of"):
+        cut = sd()(prompt, seed=1, **QUICK)
+    whole = sd()(prompt, negative="a dog", long_prompts="chunk", seed=1, **QUICK)
+    assert whole.tobytes() != cut.tobytes() and whole.info["long_prompts"] == "chunk"

@@ -1,0 +1,43 @@
+"""Where networks run: which devices there are, what memory they have, and what to do when it runs out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A device that is there, or a ValueError that lists those that are."""
+    there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is unknown; there is: {', '.join(there)}") from error
+    if found.type not in there or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {str(device)!r} is not to be had here; there is: {', '.join(there)}")
+    return found
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes to be had on a device, where the system tells: what is free, and what can be freed for the asking."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all: "available" leaves out the file cache
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@contextmanager
+def naming_the_knob() -> Iterator[None]:
+    """What to do about a device that runs out of memory all the same: CUDA says so by type, the others by text."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise MemoryError(f"{error}; choose a smaller size or fewer pictures") from error
