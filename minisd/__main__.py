@@ -157,7 +157,7 @@ def inpaint(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, clip, unet, in this order; or oracle.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; or oracle.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
@@ -206,15 +206,16 @@ def evaluate(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="A PNG, or a safetensors file.", show_default=False)]) -> None:
-    """Show a picture's settings, or what a file of weights holds."""
-    if file.suffix == ".safetensors":
-        from .files import read_tensors
+def info(
+    file: Annotated[Path, typer.Argument(help="A PNG, a file of weights, or a model's folder.", show_default=False)],
+    keys: Annotated[bool, typer.Option("--keys", help="Show where each tensor of a checkpoint goes.")] = False,
+) -> None:
+    """Show a picture's settings, or what weights hold."""
+    if file.is_dir() or file.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        from .weights import describe
 
-        tensors = read_tensors(file)
-        for name, tensor in tensors.items():
-            typer.echo(f"{_printable(name):60} {list(tensor.shape)!s:24} {str(tensor.dtype).removeprefix('torch.')}")
-        typer.echo(f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
+        for line in describe(file, keys):
+            typer.echo(_printable(line))
         return
     settings = images.read_metadata(file)
     if not settings:

@@ -48,8 +48,7 @@ class TextTower(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)  # next to tokens of deviation 1
 
     def forward(self, ids: Int[Tensor, "b n"], skip_last: int | None = None) -> Float[Tensor, "b n c"]:
         """Context for the U-Net. `skip_last` leaves out so many blocks at the end ("clip skip"; None: config's)."""

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ..clip import TextTower
 from ..critters import PARTS, Scene, caption, render
 from ..critters.captions import near_misses
 from ..files import replacing
@@ -121,7 +120,7 @@ class Captioned:
 
 
 class Latents:
-    """What the U-Net sees: a noised latent, its time and its caption's context; the target is v.
+    """What the noise predictor sees: a noised latent, its time and its caption; the target is v.
 
     Each picture and its mirror image are encoded once, as Gaussians that every visit samples anew. One caption in ten
     is dropped (left empty), which is what makes classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
@@ -129,29 +128,34 @@ class Latents:
 
     DROPPED = 0.1
 
-    def __init__(self, renders: Renders, vae: VAE, text: TextTower, tokenizer: Tokenizer, schedule: NoiseSchedule):
-        self.renders, self.text, self.tokenizer, self.schedule = renders, text.eval(), tokenizer, schedule
-        self.scaling, self.device = vae.config.scaling, next(vae.parameters()).device
+    def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
+        self.scaling, device = vae.config.scaling, next(vae.parameters()).device
         means, deviations = [], []
-        with torch.no_grad():
-            for indices in tqdm(torch.arange(len(renders)).split(64), desc="encoding"):
-                image = renders.pictures(indices).to(self.device)
+        rank, ranks = share()
+        mine = (
+            torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)
+        )  # small batches stay in the cache
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
+            for indices in tqdm(mine, desc="encoding", disable=rank > 0):
+                image = renders.pictures(indices).to(device)
                 both = [vae.posterior(side) for side in (image, image.flip(3))]
                 means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
                 deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
-        self.mean, self.deviation = torch.cat(means), torch.cat(deviations)  # sample, as it is or mirrored, c, h, w
+        parts = [(torch.cat(means), torch.cat(deviations))] * ranks
+        if ranks > 1:
+            dist.all_gather_object(parts, parts[rank])
+        self.mean, self.deviation = (torch.cat(part) for part in zip(*parts, strict=True))  # n, 2 (mirrored), c, h, w
 
     def __len__(self) -> int:
         return len(self.renders)
 
-    @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         count, shape = len(indices), self.mean.shape[2:]
         keep = torch.rand(count, generator=generator) >= self.DROPPED
         mirrored, scenes = self.renders.mirror_some(indices, generator)
         captions = [caption(scene, generator) for scene in scenes]
         ids = self.tokenizer([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
-        context = self.text(ids.to(self.device))
 
         noise = torch.randn(count, *shape, generator=generator)
         seen = indices, mirrored.long()
@@ -162,5 +166,5 @@ class Latents:
             "x_t": self.schedule.add_noise(x0, t, eps),
             "target": self.schedule.add_noise(eps, t, -x0),  # v: the same mix, a quarter turn on
             "t": t.float(),
-            "context": context,
+            "ids": ids,
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..clip import CLIP
+from ..clip import CLIP, TextTower
 from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch
@@ -52,10 +52,25 @@ def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"accuracy": (similarity.argmax(dim=1) == own).float().mean()}
 
 
-def diffusion_loss(unet: UNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+class Predictor(nn.Module):
+    """The text tower and the U-Net as one network, to be trained together (Rombach et al. 2022, section 3.3).
+
+    Stable Diffusion takes CLIP's text tower as it is: 400 million captions had taught it all their words. Ours has seen
+    some thousand, and learns from the noise predictor's mistakes what else there is to tell apart.
+    """
+
+    def __init__(self, text: TextTower, unet: UNet):
+        super().__init__()
+        self.text, self.unet = text, unet
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x_t, t, self.text(ids))
+
+
+def diffusion_loss(predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the prediction (Ho et al. 2020, eq. 14; with the target v: Salimans & Ho 2022, appendix D).
 
-    Batch: `x_t` [b c h w], `t` [b], `context` [b n d], `target` as x_t.
+    Batch: `x_t` [b c h w], `t` [b], `ids` [b n], `target` as x_t.
     """
-    prediction = unet(batch["x_t"], batch["t"], batch["context"]).float()
+    prediction = predictor(batch["x_t"], batch["t"], batch["ids"]).float()
     return F.mse_loss(prediction, batch["target"]), {}

@@ -1,4 +1,4 @@
-"""The recipes of the bundled model, in the order they are run: `vae`, `clip`, `unet`; and the `oracle` to measure it.
+"""The recipes of the bundled model, in the order they are run: `vae`, `unet`, `clip`; and the `oracle` to measure it.
 
 Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own
 part. When the three have run, `minisd.load(folder / "model")` draws.
@@ -17,6 +17,7 @@ from ..clip import CLIP, TextTower
 from ..config import CRITTERS_128, CRITTERS_IMAGE_TOWER, ModelConfig
 from ..critters import Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
+from ..files import load_strictly, read_tensors
 from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -24,14 +25,14 @@ from ..vae import VAE
 from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
 from .data import Captioned, Latents, Pictures, Renders
 from .loop import Record, TrainConfig, fit, share
-from .losses import clip_loss, diffusion_loss, vae_loss
+from .losses import Predictor, clip_loss, diffusion_loss, vae_loss
 
-RENDERS = 8_000
+RENDERS = 12_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
 CLIP_RUN = TrainConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.1)
-UNET_RUN = TrainConfig(steps=3_500, batch_size=32, lr=1e-3, ema=0.999)
+UNET_RUN = TrainConfig(steps=9_000, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 
 
@@ -97,34 +98,34 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     shop.keep(dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling=scaling)), vae=module)
 
 
-def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
-    """The tokenizer, trained on captions alone; then both towers of the mini CLIP."""
-    text = shop.config.text
-    generator = torch.Generator().manual_seed(run.seed)
+def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
+    """The tokenizer, trained on captions alone; then the noise predictor together with the text tower."""
+    config, generator = shop.config, torch.Generator().manual_seed(run.seed)
+    assert config.prediction == "v", config.prediction  # what `Latents` has as its target
     captions = [caption(Scene.sample(generator), generator) for _ in range(CAPTIONS)]
-    tokenizer = Tokenizer.train(captions, text.vocabulary, pad=text.pad, places=text.places)
-    config = dataclasses.replace(shop.config, text=dataclasses.replace(text, vocabulary=len(tokenizer)))
-    module = shop.fresh(lambda: mini_clip(config), run.seed)
-    yield from shop.run("clip", module, clip_loss, Captioned(shop.data(), tokenizer), run)
+    tokenizer = Tokenizer.train(captions, config.text.vocabulary, pad=config.text.pad, places=config.text.places)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=len(tokenizer)))
+    autoencoder = read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device)
+    data = Latents(shop.data(), autoencoder, tokenizer, from_config(config.schedule))
+    module = shop.fresh(lambda: Predictor(TextTower(config.text), UNet(config.unet)), run.seed)
+    yield from shop.run("unet", module, diffusion_loss, data, run)
     if share()[0] == 0:
         tokenizer.save(shop.model / "tokenizer.txt")
-    shop.keep(config, text=module.text, image_tower=module.image)
+    shop.keep(config, text=module.text, unet=module.unet)
 
 
-def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
-    """The noise predictor, on latents of the finished autoencoder and contexts of the finished text tower."""
+def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
+    """The image tower, and the text tower's projection: they learn to agree with the text tower, which stays as it is.
+
+    (Zhai et al. 2022, "LiT", with the other tower locked.)
+    """
     config = shop.config
-    assert config.prediction == "v", config.prediction  # what `Latents` has as its target
-    data = Latents(
-        shop.data(),
-        read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device),
-        read_module(TextTower(config.text), shop.model / "text.safetensors").to(shop.device),
-        read_tokenizer(shop.model, config),
-        from_config(config.schedule),
-    )
-    module = shop.fresh(lambda: UNet(config.unet), run.seed)
-    yield from shop.run("unet", module, diffusion_loss, data, run)
-    shop.keep(config, unet=module)
+    module = shop.fresh(lambda: mini_clip(config), run.seed)
+    load_strictly(module.text, read_tensors(shop.model / "text.safetensors"), "the text tower")
+    module.text.requires_grad_(False).projection.requires_grad_(True)
+    data = Captioned(shop.data(), read_tokenizer(shop.model, config))
+    yield from shop.run("clip", module, clip_loss, data, run)
+    shop.keep(config, text=module.text, image_tower=module.image)
 
 
 def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
@@ -136,4 +137,4 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
         save_module(module, shop.folder / "oracle.safetensors")
 
 
-RECIPES = {"vae": (vae, VAE_RUN), "clip": (clip, CLIP_RUN), "unet": (unet, UNET_RUN), "oracle": (oracle, ORACLE_RUN)}
+RECIPES = {"vae": (vae, VAE_RUN), "unet": (unet, UNET_RUN), "clip": (clip, CLIP_RUN), "oracle": (oracle, ORACLE_RUN)}
