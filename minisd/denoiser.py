@@ -62,7 +62,7 @@ class Denoiser:
     schedule: NoiseSchedule
     kind: Prediction
     context: Float[Tensor, "#b n d"] | None = None
-    negative: Float[Tensor, "#b n d"] | None = None
+    negative: Float[Tensor, "#b m d"] | None = None
     guidance: float = 1.0
     rescale: float = 0.0
     concat: Float[Tensor, "#b k h w"] | None = None
@@ -73,8 +73,8 @@ class Denoiser:
             raise ValueError(f'guidance {self.guidance} needs a context and a negative one, such as encode_text("")')
         if self.guidance != 1 and self.context.shape[1] != self.negative.shape[1]:
             raise ValueError(
-                f"the context has {self.context.shape[1]} places, the negative one {self.negative.shape[1]}; encode them "
-                "in one call, encode_text([prompt, negative]), and they are as long"
+                f"the context has {self.context.shape[1]} places, the negative one {self.negative.shape[1]}; encode "
+                "both in one call, encode_text([prompt, negative]), and they are as long"
             )
 
     def predict(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b c h w"]:

@@ -89,7 +89,7 @@ class StableDiffusion:
     def denoiser(
         self,
         context: Float[Tensor, "b n d"],
-        negative: Float[Tensor, "b n d"] | None = None,
+        negative: Float[Tensor, "b m d"] | None = None,
         guidance: float = 1.0,
         rescale: float = 0.0,
         concat: Float[Tensor, "#b k h w"] | None = None,
