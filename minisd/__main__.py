@@ -1,17 +1,26 @@
-"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | train | eval | info`."""
+"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | upscale | train | eval | info`."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from . import checks, samplers
 from . import image as images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .pipeline import StableDiffusion
+
+    Pictures = Image | list[Image]
 
 SAMPLERS = {
     name: getattr(samplers, name)
@@ -32,14 +41,92 @@ Negative = Annotated[str, typer.Option(help="What to steer away from.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and noted if left out.")]
 Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
 Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")]
+Rescale = Annotated[float, typer.Option(help="Against glaring colours at strong guidance, 0 to 1.")]
 Sampler = Annotated[str, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")]
 Schedule = Annotated[str, typer.Option(help="Which noise levels to visit: karras, linspace, trailing, leading, ...")]
+LongPrompts = Annotated[str, typer.Option(help="cut: keep 75 tokens; chunk: read on in further chunks.")]
+ClipSkip = Annotated[int | None, typer.Option(help="Read the text tower's last block (1), the one before (2), ...")]
 Count = Annotated[int, typer.Option("--n", "-n", help="How many pictures, with seeds counting on.")]
-Model = Annotated[str | None, typer.Option(help="A model's folder, or the name of a bundled one.")]
+Size = Annotated[str | None, typer.Option(help="A side, or width x height: 128, 128x192.")]
+Model = Annotated[str | None, typer.Option(help="A model's file or folder, or the name of a bundled one.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
 Strength = Annotated[float, typer.Option(help="0 keeps the picture, 1 forgets it.")]
 Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
+Mask = Annotated[Path, typer.Argument(help="White where the picture is redrawn.", show_default=False)]
+NoiseLevel = Annotated[
+    int, typer.Option(help="Noise added to the small picture: more leaves more to invent, 0 to 350.")
+]
+
+
+def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
+    """Make a command of a way to draw. It takes the arguments of `way`, then the options that every way has.
+
+    `way` reads its files and returns what to do with the model, which is loaded only then.
+    """
+
+    def command(
+        output: Output = Path("picture.png"),
+        negative: Negative = "",
+        seed: Seed = None,
+        steps: Steps = 20,
+        guidance: Guidance = None,
+        rescale: Rescale = 0.0,
+        sampler: Sampler = "dpmpp_2m",
+        schedule: Schedule = "karras",
+        long_prompts: LongPrompts = "cut",
+        clip_skip: ClipSkip = None,
+        n: Count = 1,
+        model: Model = None,
+        device: Device = "cpu",
+        force: Force = False,
+        **own: Any,
+    ) -> None:
+        from .pipeline import load
+
+        paths = _outputs(output, n, force)
+        draw = way(
+            **own, negative=negative, seed=seed, steps=steps, guidance=guidance, rescale=rescale,
+            sampler=_sampler(sampler), schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, n=n,
+        )  # fmt: skip
+        pictures = draw(load(model, device=device))
+        for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
+            images.save(picture, path, picture.info, force=force)
+            typer.echo(f"{path.resolve()}  (seed {picture.info['seed']})")
+
+    every = [p for function in (way, command) for p in inspect.signature(function, eval_str=True).parameters.values()]
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in every if p.kind is not p.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature(named)
+    command.__annotations__ |= way.__annotations__
+    app.command(way.__name__, help=way.__doc__)(command)
+
+
+@drawing
+def draw(prompt: Prompt, size: Size = None, **settings: Any):
+    """Draw a picture from a prompt. (This is what `minisd "a prompt"` does.)"""
+    sides = _size(size)
+    return lambda sd: sd(prompt, size=sides, **settings)
+
+
+@drawing
+def img2img(prompt: Prompt, picture: Picture, strength: Strength = 0.6, **settings: Any):
+    """Redraw a picture towards a prompt."""
+    source = images.read(picture)
+    return lambda sd: sd.img2img(prompt, source, strength=strength, **settings)
+
+
+@drawing
+def inpaint(prompt: Prompt, picture: Picture, mask: Mask, strength: Strength = 1.0, **settings: Any):
+    """Redraw the masked part of a picture."""
+    source, white = images.read(picture), images.read(mask, background="black")
+    return lambda sd: sd.inpaint(prompt, source, white, strength=strength, **settings)
+
+
+@drawing
+def upscale(prompt: Prompt, picture: Picture, noise_level: NoiseLevel = 20, **settings: Any):
+    """Enlarge a picture with an upscaling model."""
+    source = images.read(picture)
+    return lambda sd: sd.upscale(prompt, source, noise_level=noise_level, **settings)
 
 
 def _outputs(output: Path, n: int, force: bool) -> list[Path]:
@@ -49,13 +136,7 @@ def _outputs(output: Path, n: int, force: bool) -> list[Path]:
     return [images.check_output(path, force=force) for path in paths]
 
 
-def _save(pictures: object, paths: list[Path], force: bool) -> None:
-    for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
-        images.save(picture, path, picture.info, force=force)
-        typer.echo(f"{path.resolve()}  (seed {picture.info['seed']})")
-
-
-def _sampler(name: str):
+def _sampler(name: str) -> Callable:
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is unknown; choose one of: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -69,90 +150,6 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
         raise ValueError(f"size is {text!r}; write a side such as 128, or width x height such as 128x192")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
-@app.command()
-def draw(
-    prompt: Prompt,
-    output: Output = Path("picture.png"),
-    negative: Negative = "",
-    seed: Seed = None,
-    steps: Steps = 20,
-    guidance: Guidance = None,
-    sampler: Sampler = "dpmpp_2m",
-    schedule: Schedule = "karras",
-    size: Annotated[str | None, typer.Option(help="A side, or width x height: 128, 128x192.")] = None,
-    n: Count = 1,
-    model: Model = None,
-    device: Device = "cpu",
-    force: Force = False,
-) -> None:
-    """Draw a picture from a prompt. (This is what `minisd "a prompt"` does.)"""
-    from .pipeline import load
-
-    paths = _outputs(output, n, force)
-    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
-    sd = load(model, device=device)
-    _save(sd(prompt, negative=negative, seed=seed, n=n, size=_size(size), **settings), paths, force)
-
-
-@app.command()
-def img2img(
-    prompt: Prompt,
-    picture: Picture,
-    output: Output = Path("picture.png"),
-    strength: Strength = 0.6,
-    negative: Negative = "",
-    seed: Seed = None,
-    steps: Steps = 20,
-    guidance: Guidance = None,
-    sampler: Sampler = "dpmpp_2m",
-    schedule: Schedule = "karras",
-    n: Count = 1,
-    model: Model = None,
-    device: Device = "cpu",
-    force: Force = False,
-) -> None:
-    """Redraw a picture towards a prompt."""
-    from .pipeline import load
-
-    paths = _outputs(output, n, force)
-    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
-    source = images.read(picture)
-    sd = load(model, device=device)
-    _save(sd.img2img(prompt, source, strength=strength, negative=negative, seed=seed, n=n, **settings), paths, force)
-
-
-@app.command()
-def inpaint(
-    prompt: Prompt,
-    picture: Picture,
-    mask: Annotated[Path, typer.Argument(help="White where the picture is redrawn.", show_default=False)],
-    output: Output = Path("picture.png"),
-    strength: Strength = 1.0,
-    negative: Negative = "",
-    seed: Seed = None,
-    steps: Steps = 20,
-    guidance: Guidance = None,
-    sampler: Sampler = "dpmpp_2m",
-    schedule: Schedule = "karras",
-    n: Count = 1,
-    model: Model = None,
-    device: Device = "cpu",
-    force: Force = False,
-) -> None:
-    """Redraw the masked part of a picture."""
-    from .pipeline import load
-
-    paths = _outputs(output, n, force)
-    settings = {"steps": steps, "guidance": guidance, "sampler": _sampler(sampler), "schedule": schedule}
-    source, white = images.read(picture), images.read(mask, background="black")
-    sd = load(model, device=device)
-    _save(
-        sd.inpaint(prompt, source, white, strength=strength, negative=negative, seed=seed, n=n, **settings),
-        paths,
-        force,
-    )
 
 
 @app.command()
