@@ -96,6 +96,34 @@ def test_plan_against_diffusers(scheduler, variant, spacing, options):
             close(plan.sigmas, golden["sigmas"], atol=2e-5 if (scheduler, variant) == (EULER, "linspace") else 1e-6)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+def test_middles_of_dpmpp_sde_against_diffusers(spacing):
+    """DPM++ SDE stops halfway in log sigma: diffusers plans these levels and their timesteps, we ask `SD.t`."""
+    for n, golden in GOLDEN["schedules"]["DPMSolverSDEScheduler"][spacing].items():
+        plan = sch.plan(SD, int(n), spacing)
+        middles = (plan.sigmas[:-2] * plan.sigmas[1:-1]).sqrt()
+        close(plan.sigmas[1:], golden["sigmas"][1::2], atol=2e-5 if spacing == "linspace" else 1e-6)
+        close(plan.timesteps, golden["timesteps"][::2], atol=2e-3)
+        close(SD.t(middles), golden["timesteps"][1::2], atol=3e-3)
+
+
+@pytest.mark.parametrize("n", [10, 20, 50])
+def test_plan_of_zero_terminal_snr_against_diffusers(n):
+    golden = GOLDEN["schedules"]["DDIMScheduler"]["trailing_zsnr"][str(n)]
+    plan = sch.plan(SD.with_zero_terminal_snr(), n, "trailing")
+    close(plan.timesteps, golden["timesteps"])
+    close(1 / (1 + plan.sigmas[:-1] ** 2), golden["alphas_cumprod"])
+
+
+@pytest.mark.parametrize("n", [10, 20, 50])
+def test_plan_against_latent_diffusion(n):
+    golden = GOLDEN["ldm_ddim"][str(n)]
+    plan = sch.plan(SD, n, "leading", to_zero=False)
+    alpha_bar = (1 / (1 + plan.sigmas**2)).flip(0)
+    close(alpha_bar[1:], golden["alphas"])
+    close(alpha_bar[:-1], golden["alphas_prev"])
+
+
 @pytest.mark.parametrize("n", [10, 20, 50])
 def test_plan_against_k_diffusion(n):
     golden = GOLDEN["k_diffusion"][str(n)]
@@ -105,6 +133,7 @@ def test_plan_against_k_diffusion(n):
     close(karras.sigmas, golden["karras_rho7"])
     close(karras.timesteps, golden["karras_rho7_t"], atol=2e-3)
     close(sch.plan(SD, n, "exponential").sigmas, golden["exponential"])
+    close(sch.plan(SD, n, "exponential").sigmas, golden["polyexponential_rho1"])
 
 
 def test_initial_and_final_scale():
@@ -114,7 +143,11 @@ def test_initial_and_final_scale():
     assert sch.plan(SD, 10, "leading", to_zero=False).final_scale == pytest.approx(SD.alpha_bar[0].sqrt().item())
 
 
-@pytest.mark.parametrize("make", [sch.linear, sch.scaled_linear, sch.cosine])
+def zero_terminal_snr(T):
+    return sch.scaled_linear(T).with_zero_terminal_snr()
+
+
+@pytest.mark.parametrize("make", [sch.linear, sch.scaled_linear, sch.cosine, zero_terminal_snr])
 @pytest.mark.parametrize("spacing", [*sch.TIMESTEPS, *sch.SIGMAS])
 @pytest.mark.parametrize("drop", [False, True])
 def test_every_plan_falls_from_the_schedule_to_zero(make, spacing, drop):
