@@ -1,21 +1,43 @@
-"""Files of weights: written whole or not at all, and read with one clear error."""
+"""Files of weights: written whole or not at all, and read with one clear error.
+
+Whatever is read is mapped, not copied: a tensor's numbers come from the disk when they are first used, and several
+tensors may be views of one stretch of the file. Writing to such a tensor leaves the file as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
     """A file of weights that can't be used: the message names the file, what is wrong, and what to do."""
+
+
+def shortened(items: Sequence[str]) -> str:
+    """The first ten, and how many more there are."""
+    return "; ".join([*items[:10], *([f"and {len(items) - 10} more"] if len(items) > 10 else [])])
+
+
+def refuse(source: str | Path, reader: str, problems: Sequence[str]) -> None:
+    """A CheckpointError that lists ten problems and counts the rest, where there are any."""
+    if problems:
+        raise CheckpointError(f"{source} does not fit {reader}: {shortened(problems)}")
 
 
 @contextmanager
@@ -40,38 +62,69 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
-    """Write tensors as safetensors, floating point ones in `dtype`."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; looks at a million at a time, for memory's sake."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.half()  # PyTorch's float8 knows no isfinite; every value of it is one of half precision
+    return all(piece.isfinite().all() for piece in tensor.flatten().split(2**20))
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as safetensors, floating point ones in `dtype`; `metadata` are texts to keep beside them."""
     stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
     for name, tensor in stored.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity in {dtype}; nothing is written")
     with replacing(path) as temporary:
-        safetensors.torch.save_file(stored, temporary, metadata={"format": "pt"})
+        safetensors.torch.save_file(stored, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises CheckpointError where it isn't one, or holds a number that isn't finite."""
+def read_tensors(path: str | Path, finite: bool = True) -> dict[str, Tensor]:
+    """Every tensor of a file, by name: safetensors, a .ckpt, .pt or .bin of PyTorch, or an index of several such files.
+
+    What it is, is told by its first bytes, not by its name. Nothing in a pickle is executed. Raises CheckpointError
+    where the file is not whole, not of weights, or, unless `finite` is False, where a number is NaN or infinite.
+    """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
         first = file.read(64)
     if first.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; download the file again")
-    if first.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if first.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights; download the file again")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
+    if ".index." in path.name and path.suffix == ".json":
+        return _read_shards(path, finite)
+    if first.startswith(b"PK\x03\x04"):
+        tensors = _state_dict(read_pickle(path))
+    elif first.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"):  # torch.save's magic number before PyTorch 1.6
+        raise CheckpointError(
+            f"{path} is in PyTorch's format of before version 1.6, which is not read here; load it with "
+            "torch.load(..., weights_only=True) and write it again with torch.save"
+        )
+    elif first[8:9] == b"{":
+        tensors = _read_safetensors(path)
+    else:
+        raise CheckpointError(f"{path} is neither a whole safetensors file nor a .ckpt of PyTorch; download it again")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # float8 knows no isfinite
+        if finite and not is_finite(tensor):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
     return tensors
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module: every name and every shape must match, or CheckpointError lists what doesn't."""
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Copy tensors into a module: every name and every shape must match, or CheckpointError lists what doesn't.
+
+    With `assign` the tensors themselves take the place of the module's, which may then be on `meta`.
+    """
     own = module.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
@@ -80,7 +133,359 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {shown}")
-    module.load_state_dict(dict(tensors))
+    refuse(source, type(module).__name__, problems)
+    module.load_state_dict(dict(tensors), assign=assign)
+
+
+# Mapped files
+
+
+def _map(path: Path) -> UInt8[Tensor, "bytes"]:
+    """The bytes of a file, not read yet."""
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _view(content: UInt8[Tensor, "bytes"], begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Bytes from `begin` to `end` as numbers; copied only where they don't lie at a multiple of a number's size."""
+    piece = content[begin:end]
+    return (piece.clone() if piece.storage_offset() % dtype.itemsize else piece).view(dtype)
+
+
+# safetensors: eight bytes say how long a header in JSON is, which says where in the rest each tensor lies
+
+LONGEST_HEADER = 100_000_000
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    header, start = _read_header(path)
+    size = path.stat().st_size - start
+    tensors, end = {}, 0
+    content = _map(path)
+    for name, (dtype, shape, begin, stop) in sorted(header.items(), key=lambda entry: entry[1][2:]):
+        if begin != end:
+            raise CheckpointError(
+                f"{path}: {name} begins at byte {begin}, where the tensor before it ends at {end}: "
+                f"{'there is a hole' if begin > end else 'they overlap'}; download the file again"
+            )
+        if stop > size:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: {name} ends at byte {stop} of {size}; download it again"
+            )
+        tensors[name] = _view(content, start + begin, start + stop, dtype).view(shape)
+        end = stop
+    if end != size:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {size - end} bytes follow the last tensor; download it again"
+        )
+    return {name: tensors[name] for name in header}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts kept beside the tensors of a safetensors file; none for a file of another kind."""
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    return _read_json(path)[0].get("__metadata__", {})
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[torch.dtype, list[int], int, int]], int]:
+    """What a safetensors file says of each tensor (dtype, shape, begin, end), and where its numbers start."""
+    entries, start = _read_json(path)
+    header = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
+                raise CheckpointError(f"{path}: its metadata are not texts; download the file again")
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            whole = whole and isinstance(dtype, str)
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: the header's entry for {name} is broken; download the file again")
+        if dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {name} is {dtype!r}; read are {', '.join(SAFETENSORS_DTYPES)}")
+        needed = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+        if end - begin != needed:
+            raise CheckpointError(
+                f"{path}: {name}, {dtype} {shape}, takes {needed} bytes, not the {end - begin} that its header gives"
+            )
+        header[name] = SAFETENSORS_DTYPES[dtype], shape, begin, end
+    return header, start
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file as it stands, and where it ends."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise CheckpointError(f"{path}: its header names {twice} twice; download the file again")
+        return names
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: a header of {length} bytes does not fit into the file's "
+                f"{size}; download it again"
+            )
+        text = file.read(length)
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique), 8 + length
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: its header is no JSON ({error}); download it again"
+        ) from error
+
+
+def _read_shards(path: Path, finite: bool) -> dict[str, Tensor]:
+    """A model cut into files: the index says which of them holds which tensor."""
+    try:
+        places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        shards = sorted(set(places.values()))
+        plain = all(Path(shard).name == shard and ".index." not in shard for shard in shards)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not an index of weights: {error!r}") from error
+    if not plain:
+        raise CheckpointError(f"{path}: its parts must be files of weights beside it, not {', '.join(shards)[:200]}")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        found = read_tensors(path.parent / shard, finite)
+        promised = {name for name, place in places.items() if place == shard}
+        if differing := sorted(promised ^ set(found)):
+            raise CheckpointError(f"{path}: {path.parent / shard} and the index disagree on {shortened(differing)}")
+        tensors |= found
+    return tensors
+
+
+# .ckpt, .pt, .bin: a zip file of raw numbers and of one pickle, a program that puts tensors round them. Python's own
+# machine for such programs runs whatever function they name. This one only makes tensors, tables and lists.
+
+STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+@dataclass(eq=False)
+class Inert:
+    """A function or class that a pickle names, or what it would have made of its arguments: told, never run."""
+
+    name: str
+    arguments: Any = None  # None: the function itself
+    state: Any = None
+
+
+def read_pickle(path: Path) -> Any:
+    """What a .ckpt, .pt or .bin holds, its tensors mapped; Python objects of any other kind are `Inert`.
+
+    Raises CheckpointError where it is not PyTorch's zip file, or its pickle is not one of weights.
+    """
+    try:
+        content = _map(path)
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise ValueError("two members have the same name")
+        programs = [name for name in members if name.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("it has no data.pkl")
+        root = programs[0].removesuffix("data.pkl")
+
+        def member(name: str) -> tuple[int, int]:
+            """Where a member's bytes begin and end."""
+            info, at = members[root + name], members[root + name].header_offset
+            if not 0 <= at <= len(content) - 30:
+                raise ValueError(f"{root + name} is not where the list of members says")
+            signature, _, flags, *_, letters, extra = struct.unpack("<4sHHHHHIIIHH", _bytes(content, at, at + 30))
+            begin = at + 30 + letters + extra
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or flags & 1:
+                raise ValueError(f"{root + name} is compressed or encrypted")
+            if signature != b"PK\x03\x04" or begin + info.file_size > len(content):
+                raise ValueError(f"{root + name} is not where the list of members says")
+            return begin, begin + info.file_size
+
+        def storage(kind: Inert, key: str, count: int) -> Tensor:
+            """A run of numbers, by the name and the number of them that the program gives."""
+            dtype = STORAGES[kind.name]
+            begin, end = member(f"data/{key}")
+            if end - begin != count * dtype.itemsize:
+                raise ValueError(f"{root}data/{key} is {end - begin} bytes, not {count} times {dtype.itemsize}")
+            return _view(content, begin, end, dtype)
+
+        if root + "byteorder" in members and _bytes(content, *member("byteorder")) != b"little":
+            raise ValueError("its numbers are big-endian")
+        return unpickle(_bytes(content, *member("data.pkl")), storage)
+    except Exception as error:  # a broken program can fail in any way; none of them is ours
+        raise CheckpointError(f"{path} is not a whole .ckpt of weights ({error!r}); download it again") from error
+
+
+def _bytes(content: UInt8[Tensor, "bytes"], begin: int, end: int) -> bytes:
+    return content[begin:end].numpy().tobytes()
+
+
+def rebuild_tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+    """A view of a storage; it may not have more elements than the storage, nor reach beyond it."""
+    count = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
+    if min(offset, *size, *stride, 0) < 0 or count > len(storage) or last >= len(storage):
+        raise ValueError(f"a tensor of {size} reaches beyond its storage of {len(storage)}")
+    return storage[offset:].as_strided(size, stride)
+
+
+def empty_table() -> dict:
+    return {}
+
+
+MAKERS = {
+    "collections.OrderedDict": empty_table,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+)
+
+
+def unpickle(program: bytes, storage: Any) -> Any:
+    """Run a pickle: a program for a machine with a stack, marks in it, and a memo of what was made before.
+
+    `storage(kind, key, count)` gives the numbers that a tensor is a view of. A function outside `MAKERS` gives an
+    `Inert` in place of its result; keys that are neither text nor number are left out of tables, as hashing a deep
+    tuple can take for ever.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int) -> list[Any]:
+        if count > len(stack) - (marks[-1] if marks else 0):
+            raise ValueError("the stack is empty")
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_to_mark() -> list[Any]:
+        mark = marks.pop()
+        taken = stack[mark:]
+        del stack[mark:]
+        return taken
+
+    def call(function: Any, arguments: Any) -> Any:
+        if not isinstance(function, Inert) or function.arguments is not None or not isinstance(arguments, tuple):
+            raise ValueError("it calls what is no function")
+        maker = MAKERS.get(function.name)
+        return maker(*arguments) if maker else Inert(function.name, arguments)
+
+    def fill(table: Any, items: list[Any]) -> None:
+        if isinstance(table, dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            table |= {key: value for key, value in pairs if isinstance(key, str | int)}
+
+    for opcode, argument, _ in pickletools.genops(program):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case name if name in LITERALS:
+                stack.append(argument)
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop(int(opcode.name[-1]))))
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "LIST" | "FROZENSET":
+                stack.append(pop_to_mark())
+            case "DICT":
+                items = pop_to_mark()
+                stack.append({})
+                fill(stack[-1], items)
+            case "SETITEM":
+                items = pop(2)
+                fill(stack[-1], items)
+            case "SETITEMS":
+                items = pop_to_mark()
+                fill(stack[-1], items)
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items = pop(1) if opcode.name == "APPEND" else pop_to_mark()
+                if isinstance(stack[-1], list):
+                    stack[-1].extend(items)
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(Inert(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                stack.append(Inert(".".join(pop(2))))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(call(*pop(2)))
+            case "NEWOBJ_EX":
+                function, arguments, _ = pop(3)
+                stack.append(call(function, arguments))
+            case "BUILD":
+                (state,) = pop(1)
+                if isinstance(stack[-1], Inert):
+                    stack[-1].state = state
+            case "BINPERSID":
+                ((_, kind, key, _, count),) = pop(1)
+                stack.append(storage(kind, key, count))
+            case "STOP":
+                (result,) = pop(1)
+                return result
+            case other:
+                raise ValueError(f"it holds {other}, which no file of weights needs")
+    raise ValueError("it has no end")
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: of its `state_dict`, where it has one; of a table in it as `table.name`."""
+    for _ in range(2):  # some merging tools nest it once more
+        if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+            loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        return {}
+    tables = {name: table for name, table in loaded.items() if isinstance(table, dict)}
+    inner = {f"{name}.{key}": value for name, table in tables.items() for key, value in table.items()}
+    return {str(name): value for name, value in (loaded | inner).items() if isinstance(value, Tensor)}

@@ -1,0 +1,412 @@
+"""Names of tensors: ours, those of single-file checkpoints, and those of diffusers' folders, side by side.
+
+Single files carry the names of the code that Stable Diffusion was trained with (CompVis' latent diffusion, "LDM");
+folders those of diffusers and transformers. The tables follow from a config; which of their rows a model has, its own
+tensors say. In a table `*` stands for `weight` and `bias`, and behind a `|` stands a name that is read, never written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names and shapes its tensors."""
+
+    single: bool  # one file for all parts, in LDM's names; else a folder for each part, in diffusers' names
+    v2: bool  # with OpenCLIP's text tower for OpenAI's, and with a Linear where v1 has a 1x1 convolution
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    ours: str
+    ldm: str
+    diffusers: str
+    convolved: str = ""  # who keeps our Linear as a 1x1 convolution: "ldm" or "both"
+    third: int | None = None  # which third of the rows of LDM's matrix we have
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps one of our tensors."""
+
+    names: tuple[str, ...]  # the one to write, then others to read
+    convolved: bool
+    third: int | None
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        """Our tensor, a view of the checkpoint's."""
+        if self.third is not None and theirs.ndim and theirs.shape[0] % 3 == 0:
+            theirs = theirs.chunk(3)[self.third]
+        return theirs[..., 0, 0] if self.convolved and theirs.shape[2:] == (1, 1) else theirs
+
+
+def under(prefix: tuple[str, str, str], rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of a module inside another one, whose three names are given."""
+    for row in rows:
+        names = ("|".join(f"{p}.{name}" for name in n.split("|")) for p, n in zip(prefix, row[:3], strict=True))
+        yield Row(*names, *row[3:])
+
+
+def same(*names: str) -> list[Row]:
+    """Rows of what all three call by one name."""
+    return [Row(f"{name}.*", f"{name}.*", f"{name}.*") for name in names]
+
+
+# The noise predictor
+
+RESIDUAL = [
+    Row("norm1.*", "in_layers.0.*", "norm1.*"),
+    Row("conv1.*", "in_layers.2.*", "conv1.*"),
+    Row("time.*", "emb_layers.1.*", "time_emb_proj.*"),
+    Row("norm2.*", "out_layers.0.*", "norm2.*"),
+    Row("conv2.*", "out_layers.3.*", "conv2.*"),
+    Row("shortcut.*", "skip_connection.*", "conv_shortcut.*"),
+]
+ATTENTION = [
+    Row("q.*", "to_q.*", "to_q.*"),
+    Row("k.*", "to_k.*", "to_k.*"),
+    Row("v.*", "to_v.*", "to_v.*"),
+    Row("out.*", "to_out.0.*", "to_out.0.*"),
+]
+TRANSFORMER = [
+    *same("norm1", "norm2", "norm3"),
+    *under(("self_attention", "attn1", "attn1"), ATTENTION),
+    *under(("cross_attention", "attn2", "attn2"), ATTENTION),
+    Row("feed_forward.proj_in.*", "ff.net.0.proj.*", "ff.net.0.proj.*"),
+    Row("feed_forward.proj_out.*", "ff.net.2.*", "ff.net.2.*"),
+]
+
+
+def unet_rows(config: UNetConfig, v2: bool) -> Iterator[Row]:
+    """The table of the noise predictor. LDM counts on through all levels, diffusers anew in each."""
+    transformer = [
+        *same("norm"),
+        *(row._replace(convolved="" if v2 else "both") for row in same("proj_in", "proj_out")),
+        *under(("block", "transformer_blocks.0", "transformer_blocks.0"), TRANSFORMER),
+    ]
+
+    def block(ours: str, ldm: str, diffusers: str, number: int) -> Iterator[Row]:
+        yield from under((f"{ours}.residual", f"{ldm}.0", f"{diffusers}.resnets.{number}"), RESIDUAL)
+        yield from under((f"{ours}.transformer", f"{ldm}.1", f"{diffusers}.attentions.{number}"), transformer)
+
+    yield Row("time_embed.0.*", "time_embed.0.*", "time_embedding.linear_1.*")
+    yield Row("time_embed.2.*", "time_embed.2.*", "time_embedding.linear_2.*")
+    yield Row("class_embed.*", "label_emb.*", "class_embedding.*")
+    yield Row("conv_in.*", "input_blocks.0.0.*", "conv_in.*")
+
+    levels, i = len(config.widths), 0
+    for level in range(levels):
+        for number in range(config.blocks):
+            yield from block(f"down.{i}", f"input_blocks.{i + 1}", f"down_blocks.{level}", number)
+            i += 1
+        if level < levels - 1:
+            yield Row(f"down.{i}.conv.*", f"input_blocks.{i + 1}.0.op.*", f"down_blocks.{level}.downsamplers.0.conv.*")
+            i += 1
+
+    yield from under(("middle.0.residual", "middle_block.0", "mid_block.resnets.0"), RESIDUAL)
+    yield from under(("middle.0.transformer", "middle_block.1", "mid_block.attentions.0"), transformer)
+    yield from under(("middle.1.residual", "middle_block.2", "mid_block.resnets.1"), RESIDUAL)
+
+    i = j = 0  # LDM puts the doubling into the last block of its level
+    for up, level in enumerate(reversed(range(levels))):
+        for number in range(config.blocks + 1):
+            yield from block(f"up.{i}", f"output_blocks.{j}", f"up_blocks.{up}", number)
+            i, j = i + 1, j + 1
+        if level:
+            ldm = f"output_blocks.{j - 1}.{2 if config.attention[level] else 1}.conv.*"
+            yield Row(f"up.{i}.conv.*", ldm, f"up_blocks.{up}.upsamplers.0.conv.*")
+            i += 1
+
+    yield Row("norm_out.*", "out.0.*", "conv_norm_out.*")
+    yield Row("conv_out.*", "out.2.*", "conv_out.*")
+
+
+# The autoencoder
+
+VAE_RESIDUAL = [*same("norm1", "conv1", "norm2", "conv2"), Row("shortcut.*", "nin_shortcut.*", "conv_shortcut.*")]
+PIXEL_ATTENTION = [
+    Row("norm.*", "norm.*", "group_norm.*"),
+    Row("attention.q.*", "q.*", "to_q.*|query.*", convolved="ldm"),
+    Row("attention.k.*", "k.*", "to_k.*|key.*", convolved="ldm"),
+    Row("attention.v.*", "v.*", "to_v.*|value.*", convolved="ldm"),
+    Row("attention.out.*", "proj_out.*", "to_out.0.*|proj_attn.*", convolved="ldm"),
+]
+VAE_ENDS = [
+    *same("conv_in", "conv_out"),
+    Row("norm_out.*", "norm_out.*", "conv_norm_out.*"),
+    *under(("middle.0", "mid.block_1", "mid_block.resnets.0"), VAE_RESIDUAL),
+    *under(("middle.1", "mid.attn_1", "mid_block.attentions.0"), PIXEL_ATTENTION),
+    *under(("middle.2", "mid.block_2", "mid_block.resnets.1"), VAE_RESIDUAL),
+]
+
+
+def vae_rows(config: VAEConfig, v2: bool) -> Iterator[Row]:
+    """The table of the autoencoder, of both versions. LDM counts levels from the finest, also on the way up."""
+    yield Row("quant.*", "quant_conv.*", "quant_conv.*")
+    yield Row("post_quant.*", "post_quant_conv.*", "post_quant_conv.*")
+    levels = range(len(config.widths))
+    for half, way, order, blocks in (
+        ("encoder", "down", levels, config.blocks),
+        ("decoder", "up", reversed(levels), config.blocks + 1),
+    ):
+        yield from under((half, half, half), VAE_ENDS)
+        i = 0
+        for theirs, level in enumerate(order):
+            ldm, diffusers = f"{half}.{way}.{level}", f"{half}.{way}_blocks.{theirs}"
+            for number in range(blocks):
+                names = f"{half}.{way}.{i}", f"{ldm}.block.{number}", f"{diffusers}.resnets.{number}"
+                yield from under(names, VAE_RESIDUAL)
+                i += 1
+            if theirs < levels[-1]:
+                sampler = f"{diffusers}.{way}samplers.0.conv.*"
+                yield Row(f"{half}.{way}.{i}.conv.*", f"{ldm}.{way}sample.conv.*", sampler)
+                i += 1
+
+
+# The text tower: v1's single files carry it in transformers' names, v2's in OpenCLIP's
+
+TEXT_ENDS = [  # ours, OpenCLIP's, transformers'
+    Row("token_embedding.weight", "token_embedding.weight", "embeddings.token_embedding.weight"),
+    Row("position_embedding.weight", "positional_embedding", "embeddings.position_embedding.weight"),
+    Row("final_norm.*", "ln_final.*", "final_layer_norm.*"),
+]
+TEXT_BLOCK = [
+    Row("norm1.*", "ln_1.*", "layer_norm1.*"),
+    Row("attention.q.*", "attn.in_proj_*", "self_attn.q_proj.*", third=0),
+    Row("attention.k.*", "attn.in_proj_*", "self_attn.k_proj.*", third=1),
+    Row("attention.v.*", "attn.in_proj_*", "self_attn.v_proj.*", third=2),
+    Row("attention.out.*", "attn.out_proj.*", "self_attn.out_proj.*"),
+    Row("norm2.*", "ln_2.*", "layer_norm2.*"),
+    Row("mlp_in.*", "mlp.c_fc.*", "mlp.fc1.*"),
+    Row("mlp_out.*", "mlp.c_proj.*", "mlp.fc2.*"),
+]
+
+
+def text_rows(config: TextConfig, v2: bool) -> Iterator[Row]:
+    """The table of the text tower. Some tools leave out `text_model.`, some write it."""
+    rows = list(TEXT_ENDS)
+    for i in range(config.layers):
+        rows += under((f"blocks.{i}", f"transformer.resblocks.{i}", f"encoder.layers.{i}"), TEXT_BLOCK)
+    for ours, openclip, transformers, _, third in rows:
+        names = f"text_model.{transformers}|{transformers}"
+        if v2:
+            yield Row(ours, f"model.{openclip}", names, third=third)
+        else:
+            yield Row(ours, "|".join(f"transformer.{name}" for name in names.split("|")), names)
+
+
+# Tables at work
+
+ROWS = {"unet": unet_rows, "vae": vae_rows, "text": text_rows}
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}  # single files'
+EMA = "model_ema.diffusion_model"  # before the names of the averaged U-Net, which have lost their dots
+
+UNUSED = {  # what files carry and nothing here needs: by part, and beside the parts of a single file
+    "unet": r"(?!)",
+    "vae": r"(loss|model_ema)\..+",
+    "text": r"(transformer\.)?(text_model\.)?embeddings\.position_ids"
+    r"|(model\.)?(text_projection(\.weight)?|logit_scale)",
+    "": r"(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?|betas|logvar"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|(model_ema|low_scale_model|depth_model)\..+",
+}
+
+
+def unused(part: str, name: str, layers: int) -> bool:
+    """Whether a tensor may be left aside; so may v2's last block, of number `layers`, whose result nobody reads."""
+    last = f"model.transformer.resblocks.{layers}."
+    return re.fullmatch(UNUSED[part], name) is not None or (part == "text" and name.startswith(last))
+
+
+def places(part: str, module: nn.Module, layout: Layout) -> dict[str, Place]:
+    """Where a checkpoint keeps each tensor of a part of a model: `unet`, `vae` or `text`."""
+    table = {}
+    for row in ROWS[part](module.config, layout.v2):
+        theirs = row.ldm if layout.single else row.diffusers
+        convolved = row.convolved == "both" or (row.convolved == "ldm" and layout.single)
+        for leaf in ("weight", "bias"):
+            names = tuple(name.replace("*", leaf) for name in theirs.split("|"))
+            table[row.ours.replace("*", leaf)] = Place(names, convolved, row.third if layout.single else None)
+    return {name: table[name] for name in module.state_dict()}
+
+
+def read(wanted: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of ours that a checkpoint has, views of its own, and the name that each of them has there."""
+    sources = {ours: name for ours, place in wanted.items() for name in reversed(place.names) if name in tensors}
+    return {ours: wanted[ours].ours(tensors[name]) for ours, name in sources.items()}, sources
+
+
+def write(wanted: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors as a checkpoint keeps them: the reverse of `read`."""
+    pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for ours, place in wanted.items():
+        tensor = tensors[ours]
+        convolved = place.convolved and tensor.ndim == 2
+        pieces[place.names[0]][place.third or 0] = tensor[:, :, None, None] if convolved else tensor
+    return {name: torch.cat([p[i] for i in sorted(p)]) if len(p) > 1 else p[0] for name, p in pieces.items()}
+
+
+# Configs: ours, and the JSON files of a diffusers folder
+
+UNET_KEYS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "widths": "block_out_channels",
+    "blocks": "layers_per_block",
+    "context_dim": "cross_attention_dim",
+    "groups": "norm_num_groups",
+    "classes": "num_class_embeds",
+}
+UNET_FIXED = {  # what our U-Net always is
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "transformer_layers_per_block": 1,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "time_cond_proj_dim": None,
+}
+VAE_KEYS = {
+    "image_channels": "in_channels",
+    "latent_channels": "latent_channels",
+    "widths": "block_out_channels",
+    "blocks": "layers_per_block",
+    "groups": "norm_num_groups",
+    "scaling": "scaling_factor",
+}
+VAE_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
+TEXT_KEYS = {
+    "vocabulary": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "places": "max_position_embeddings",
+}
+TEXT_FIXED = {"layer_norm_eps": 1e-5}
+DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+ACTIVATIONS = {"gelu": False, "quick_gelu": True}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+ENDS = {"scaled_linear": (0.00085, 0.012), "linear": (1e-4, 0.02)}  # the schedules' own
+
+
+def is_v2(config: ModelConfig) -> bool:
+    """Whether a model is written as v2's are: v1 has OpenAI's text tower, whose GELU is the quick one."""
+    return not config.text.quick_gelu
+
+
+def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The JSON of each folder of a diffusers model."""
+    unet, vae, text, schedule = config.unet, config.vae, config.text, config.schedule
+    first, last = schedule.ends or ENDS.get(schedule.name, ENDS["linear"])
+    levels = range(len(unet.widths))
+    return {
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            **{theirs: getattr(unet, ours) for ours, theirs in UNET_KEYS.items()},
+            **UNET_FIXED,
+            "down_block_types": [DOWN[attention] for attention in unet.attention],
+            "up_block_types": [UP[attention] for attention in reversed(unet.attention)],
+            "attention_head_dim": unet.heads or [width // unet.head_dim for width in unet.widths],  # it means heads
+            "only_cross_attention": [level < unet.cross_only for level in levels],
+            "use_linear_projection": is_v2(config),
+            "sample_size": config.size // vae.factor,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            **{theirs: getattr(vae, ours) for ours, theirs in VAE_KEYS.items()},
+            **VAE_FIXED,
+            "out_channels": vae.image_channels,
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
+            "sample_size": config.size,
+        },
+        "text_encoder": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **{theirs: getattr(text, ours) for ours, theirs in TEXT_KEYS.items()},
+            **TEXT_FIXED,
+            "hidden_act": "quick_gelu" if text.quick_gelu else "gelu",
+            "intermediate_size": 4 * text.width,
+            "bos_token_id": text.vocabulary - 2,
+            "eos_token_id": text.vocabulary - 1,
+            "pad_token_id": text.vocabulary - 1 if text.pad == "end" else 0,
+        },
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": schedule.steps,
+            "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[schedule.name],
+            "beta_start": first,
+            "beta_end": last,
+            "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.prediction],
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+    }
+
+
+def to_tokenizer(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """The JSON files of a diffusers model's `tokenizer` folder; the merges lie beside them."""
+    end, pad = tokenizer.tokens[tokenizer.end], tokenizer.tokens[tokenizer.pad]
+    special = {"bos_token": tokenizer.tokens[tokenizer.start], "eos_token": end, "unk_token": end, "pad_token": pad}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.places, **special}
+    return {"vocab": tokenizer.ids, "special_tokens_map": special, "tokenizer_config": settings}
+
+
+def from_diffusers(name: str, files: Mapping[str, Mapping[str, Any]]) -> ModelConfig:
+    """The config that a diffusers folder's JSON files describe: of `unet`, `vae`, `text_encoder` and `scheduler`.
+
+    Raises ValueError, TypeError or KeyError where they describe what our modules are not.
+    """
+    unet, vae, text, scheduler = (files[part] for part in ("unet", "vae", "text_encoder", "scheduler"))
+
+    def known(theirs: Mapping[str, Any], keys: Mapping[str, str], fixed: Mapping[str, Any]) -> dict[str, Any]:
+        if odd := [f"{key} {theirs[key]!r}" for key in fixed if theirs.get(key, fixed[key]) != fixed[key]]:
+            raise ValueError(f"no network here has {', '.join(odd)}")
+        values = {ours: theirs[key] for ours, key in keys.items() if key in theirs}
+        return {ours: tuple(value) if isinstance(value, list) else value for ours, value in values.items()}
+
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
+    head_dim = None
+    if isinstance(heads, list):
+        (head_dim,) = {width // count for width, count in zip(unet["block_out_channels"], heads, strict=True)}
+        heads = None
+    cross_only = unet.get("only_cross_attention") or []
+    schedule = BETAS[scheduler.get("beta_schedule", "linear")]
+    ends = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    quick = ACTIVATIONS[text.get("hidden_act", "quick_gelu")]
+    vae_config = VAEConfig(**known(vae, VAE_KEYS, VAE_FIXED))
+    return ModelConfig(
+        name=name,
+        size=unet["sample_size"] * vae_config.factor,
+        prediction=PREDICTIONS[scheduler.get("prediction_type", "epsilon")],
+        schedule=ScheduleConfig(
+            schedule, scheduler.get("num_train_timesteps", 1000), None if ends == ENDS.get(schedule, ends) else ends
+        ),
+        unet=UNetConfig(
+            **known(unet, UNET_KEYS, UNET_FIXED),
+            attention=tuple(bool(DOWN.index(kind)) for kind in unet["down_block_types"]),
+            heads=heads,
+            head_dim=head_dim,
+            cross_only=sum(cross_only),
+        ),
+        vae=vae_config,
+        text=TextConfig(**known(text, TEXT_KEYS, TEXT_FIXED), quick_gelu=quick, pad="end" if quick else "zero"),
+    )

@@ -1,0 +1,376 @@
+"""Published checkpoints, small ones with random weights: told, read and written in every layout."""
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peers import randomise
+
+import minisd
+from minisd import __main__ as command_line
+from minisd import samplers, schedule, weights
+from minisd.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.files import CheckpointError, read_tensors, save_tensors
+from minisd.keymaps import EMA, PREFIXES
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.weights import PARTS, empty_parts, open_checkpoint, read_parts, read_vae, write_folder, write_single
+
+UNET = UNetConfig(widths=(16, 32), blocks=1, attention=(True, False), heads=2, context_dim=16, groups=4)
+UNET2 = replace(UNET, heads=None, head_dim=8, context_dim=24)
+V1 = ModelConfig(
+    name="small v1",
+    unet=UNET,
+    vae=VAEConfig(widths=(8, 16), blocks=1, groups=2),
+    text=TextConfig(vocabulary=514, width=16, layers=2, heads=2),
+)
+V2 = replace(
+    V1,
+    name="small v2",
+    unet=UNET2,
+    text=TextConfig(vocabulary=514, width=24, layers=2, heads=2, quick_gelu=False, pad="zero"),
+)
+X4 = replace(
+    V2,
+    name="small x4",
+    prediction="v",
+    schedule=replace(V2.schedule, ends=(1e-4, 0.02)),
+    unet=UNetConfig(7, 4, (16, 32), 1, (False, True), 4, None, 24, groups=4, cross_only=1, classes=10),
+)
+FAMILIES = {
+    (16, 4): V1,
+    (16, 9): replace(V1, name="small v1 inpainting", unet=replace(UNET, in_channels=9)),
+    (24, 4): V2,
+    (24, 9): replace(V2, name="small v2 inpainting", unet=replace(UNET2, in_channels=9)),
+    (24, 5): replace(V2, name="small v2 depth", unet=replace(UNET2, in_channels=5)),
+    (24, 7): X4,
+}
+each_family = pytest.mark.parametrize("model", FAMILIES.values(), ids=[m.name for m in FAMILIES.values()])
+
+
+@pytest.fixture(autouse=True)
+def small_families(monkeypatch):
+    """The published families, made small; their tokenizer is CLIP's without a merge."""
+    monkeypatch.setattr(weights, "FAMILIES", FAMILIES)
+    monkeypatch.setattr(weights, "SD2", V2)
+    monkeypatch.setattr(weights, "SD2_V", replace(V2, name="small v2 v", prediction="v"))
+
+
+def made(model):
+    parts = empty_parts(model, "")
+    filled = {name: randomise(part.to_empty(device="cpu"), i) for i, (name, part) in enumerate(parts.items())}
+    return {"config": model, "tokenizer": Tokenizer([], pad=model.text.pad), **filled}
+
+
+def assert_same(read, parts, cast=lambda tensor: tensor):
+    assert read["tokenizer"].tokens == parts["tokenizer"].tokens and read["tokenizer"].pad == parts["tokenizer"].pad
+    for part in PARTS:
+        own, back = parts[part].state_dict(), read[part].state_dict()
+        assert list(own) == list(back)
+        assert all(torch.equal(back[name], cast(tensor)) for name, tensor in own.items())
+        assert not read[part].training and not any(p.requires_grad for p in read[part].parameters())
+
+
+def quietly(path, **options):
+    """Read with nothing to be said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_parts(path, **options)
+
+
+@each_family
+def test_each_family_comes_back_from_a_single_file(model, tmp_path):
+    parts, path = made(model), tmp_path / "x.safetensors"
+    write_single(parts, path, torch.float32)
+    read = quietly(path)
+    assert read["config"] == model
+    assert_same(read, parts)
+    with pytest.raises(FileExistsError, match=r"x\.safetensors"):
+        write_single(parts, path)
+    torch.save({"state_dict": read_tensors(path), "epoch": 1}, tmp_path / "x.ckpt")  # says nothing of its config
+    if model is V2:
+        with pytest.warns(UserWarning, match="does not say what its U-Net predicts; a probe says eps"):
+            read = read_parts(tmp_path / "x.ckpt")
+    else:
+        read = quietly(tmp_path / "x.ckpt")
+    assert read["config"] is model
+    assert_same(read, parts)
+
+
+@each_family
+def test_each_family_comes_back_from_a_folder(model, tmp_path):
+    parts, folder = made(model), tmp_path / "model"
+    write_folder(parts, folder, torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert quietly(folder)["config"] == model
+    with pytest.raises(FileExistsError, match="model"):
+        write_folder(parts, folder)
+    (folder / "config.json").unlink()  # ours; then diffusers' own files say what it is
+    read = quietly(folder)
+    assert read["config"] == model
+    assert_same(read, parts)
+
+
+def test_a_folder_of_bin_files_of_halves_or_of_shards_is_the_same(tmp_path):
+    parts, folder = made(V1), tmp_path / "model"
+    write_folder(parts, folder)
+    for name in ("unet", "vae"):
+        whole = folder / name / "diffusion_pytorch_model.safetensors"
+        torch.save(read_tensors(whole), folder / name / "diffusion_pytorch_model.bin")
+        whole.unlink()
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "model.fp16.safetensors")
+    assert_same(quietly(folder), parts, lambda tensor: tensor.half().float())
+    assert_same(quietly(folder, dtype=torch.float16), parts, torch.Tensor.half)
+    bin_file = folder / "unet" / "diffusion_pytorch_model.bin"
+    tensors = list(read_tensors(bin_file).items())
+    for i in range(2):
+        save_tensors(folder / "unet" / f"{i}.safetensors", dict(tensors[i::2]))
+    index = {name: f"{i % 2}.safetensors" for i, (name, _) in enumerate(tensors)}
+    bin_file.unlink()
+    with pytest.raises(CheckpointError, match=r"unet has no weights; looked for diffusion_pytorch_model\.safetensors"):
+        read_parts(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same(quietly(folder), parts, lambda tensor: tensor.half().float())
+
+
+def test_half_precision_stays_in_the_file(tmp_path):
+    """No tensor of v1 or v2 is copied: not the stacked attention, not the convolutions."""
+    for model in (V1, V2):
+        path = tmp_path / f"{model.name}.safetensors"
+        write_single(made(model), path)
+        read = read_parts(path, torch.float16)
+        storages = {t.untyped_storage().data_ptr() for part in PARTS for t in read[part].state_dict().values()}
+        assert len(storages) == 1
+
+
+def named(parts, tmp_path):
+    """The tensors of a single file, under the names it has for them."""
+    write_single(parts, tmp_path / "named.safetensors", torch.float32)
+    return read_tensors(tmp_path / "named.safetensors")
+
+
+def test_averages_go_before_the_last_step_and_that_is_said(tmp_path):
+    parts, other = made(V1), made(replace(V1, name="other"))
+    randomise(other["unet"], seed=9)
+    tensors = named(parts, tmp_path)
+    (tmp_path / "named.safetensors").unlink()
+    averaged = {
+        EMA + name.removeprefix(PREFIXES["unet"]).replace(".", ""): tensor
+        for name, tensor in named(other, tmp_path).items()
+        if name.startswith(PREFIXES["unet"])
+    }
+    torch.save({"state_dict": tensors | averaged | {"model_ema.decay": torch.tensor(0.9999)}}, tmp_path / "full.ckpt")
+    with pytest.warns(UserWarning, match=r"full\.ckpt.*running average"):
+        read = read_parts(tmp_path / "full.ckpt")
+    assert_same(read, parts | {"unet": other["unet"]})
+
+
+def test_numbers_of_several_precisions_are_converted_and_that_is_said(tmp_path):
+    parts = made(V1)
+    mixed = {
+        name: t.to(torch.float8_e4m3fn) if "diffusion" in name else t.bfloat16() if "encoder" in name else t
+        for name, t in named(parts, tmp_path).items()
+    }
+    torch.save({n: t for n, t in mixed.items() if "diffusion" not in n}, tmp_path / "x.ckpt")
+    import safetensors.torch
+
+    safetensors.torch.save_file(mixed, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning) as said:
+        read = read_parts(tmp_path / "x.safetensors")
+    told = " ".join(str(w.message) for w in said)
+    assert "unet are float8_e4m3fn" in told and "vae are bfloat16 and float32" in told
+    assert all(t.dtype == torch.float32 for part in PARTS for t in read[part].state_dict().values())
+    back, own = read["unet"].conv_in.weight, parts["unet"].conv_in.weight
+    assert torch.equal(back, own.to(torch.float8_e4m3fn).float())
+
+
+def test_the_probe_tells_eps_from_v():
+    unet = randomise(UNet(UNET2))
+    with torch.no_grad():
+        for bias, v in ((0.5, False), (-0.4, False), (-0.6, True)):  # out - x is bias - 0.5
+            unet.conv_out.weight.zero_()
+            unet.conv_out.bias.fill_(bias)
+            assert weights.predicts_v(unet) == v
+            assert weights.predicts_v(unet.half()) == v
+            unet.float()
+
+
+def test_a_v_model_is_told_by_its_probe(tmp_path):
+    parts = made(V2)
+    with torch.no_grad():
+        parts["unet"].conv_out.bias.fill_(-3)
+    torch.save(named(parts, tmp_path), tmp_path / "x.ckpt")
+    assert open_checkpoint(tmp_path / "x.ckpt").untold
+    with pytest.warns(UserWarning, match="a probe says v"):
+        assert read_parts(tmp_path / "x.ckpt")["config"] == weights.SD2_V
+
+
+OTHERS = {
+    "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320)},
+    "a LoRA:": {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 320)},
+    "a LoRA: ": {"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": (4, 320)},
+    "a ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
+    "a ControlNet,": {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
+    "a textual inversion": {"emb_params": (2, 768)},
+    "a textual inversion:": {"<cat-toy>": (768,)},
+    "a textual inversion: ": {"string_to_param.*": (3, 1024)},
+    "Stable Diffusion XL": {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,)},
+    "Stable Diffusion XL,": {"clip_g": (2, 1280), "clip_l": (2, 768)},
+    "Stable Diffusion 3 or FLUX": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4, 4)},
+    "an autoencoder alone; read_vae": {"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)},
+    "an autoencoder alone; ": {"decoder.conv_in.weight": (512, 4, 3, 3)},
+    "one part of a diffusers folder": {"time_embedding.linear_1.weight": (1280, 320)},
+    "no U-Net of Stable Diffusion; .* begins with a, b, c": dict.fromkeys("abcd", (1,)),
+    "begins with no tensor": {},
+    "context 2048 wide and 4 input channels; known are 16 and 4: small v1": {
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": (8, 2048),
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_files_that_are_no_model_are_called_by_their_name(tmp_path, what):
+    save_tensors(tmp_path / "x.safetensors", {name: torch.zeros(shape) for name, shape in OTHERS[what].items()})
+    with pytest.raises(CheckpointError, match=what) as error:
+        read_parts(tmp_path / "x.safetensors")
+    assert "x.safetensors" in str(error.value)
+
+
+def test_a_part_that_is_not_there_is_missing_by_name(tmp_path):
+    tensors = {name: t for name, t in named(made(V1), tmp_path).items() if not name.startswith("first_stage")}
+    torch.save(tensors, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"small v1: missing first_stage_model\.\S+; missing .* and \d+ more"):
+        read_parts(tmp_path / "x.ckpt")
+
+
+def test_numbers_that_are_not_finite_are_refused_or_let_through(tmp_path):
+    tensors = named(made(V1), tmp_path)
+    tensors["first_stage_model.quant_conv.bias"][3] = float("inf")
+    torch.save(tensors, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"quant_conv\.bias holds NaN or infinity"):
+        read_parts(tmp_path / "x.ckpt")
+    assert read_parts(tmp_path / "x.ckpt", finite=False)["vae"].quant.bias[3] == float("inf")
+    tensors["first_stage_model.quant_conv.bias"][3] = 1e5  # too much for half precision
+    tensors["sqrt_recip_alphas_cumprod"] = torch.tensor([float("inf")])  # and what is not needed may be anything
+    torch.save(tensors, tmp_path / "x.ckpt")
+    assert read_parts(tmp_path / "x.ckpt")["vae"].quant.bias[3] == 1e5
+    with pytest.raises(CheckpointError, match=r"quant_conv\.bias holds NaN or infinity in torch\.float16"):
+        read_parts(tmp_path / "x.ckpt", torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("unet/config.json", "{"),
+        ("unet/config.json", "[]"),
+        ("unet/config.json", '{"in_channels": 4}'),
+        ("unet/config.json", None),
+        ("scheduler/scheduler_config.json", '{"prediction_type": "flow"}'),
+        ("text_encoder/config.json", '{"hidden_act": "relu"}'),
+        ("vae/config.json", '{"block_out_channels": 8, "use_quant_conv": false}'),
+    ],
+)
+def test_folders_that_say_nothing_known_are_refused(tmp_path, name, content):
+    folder = tmp_path / "model"
+    write_folder(made(V1), folder)
+    (folder / "config.json").unlink()
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match="model is not a diffusers folder of Stable Diffusion"):
+        read_parts(folder)
+
+
+@pytest.mark.parametrize("layout", ["bare", "vae.", "first_stage_model.", "whole", "folder", "folder/vae"])
+def test_an_autoencoder_alone_can_be_put_into_a_model(tmp_path, layout):
+    parts, path = made(V1), tmp_path / "x"
+    tensors = {n: t for n, t in named(parts, tmp_path).items() if layout == "whole" or n.startswith("first_stage")}
+    if layout.startswith("folder"):
+        write_folder(parts, path, torch.float32)
+        path = path / "vae" if layout == "folder/vae" else path
+    else:
+        prefix = {"bare": "", "whole": "first_stage_model."}.get(layout, layout)
+        loss = {} if layout == "whole" else {prefix + "loss.logvar": torch.zeros(())}
+        torch.save({n.replace("first_stage_model.", prefix): t for n, t in tensors.items()} | loss, path)
+    vae = read_vae(path, V1.vae)
+    assert all(torch.equal(t, vae.state_dict()[name]) for name, t in parts["vae"].state_dict().items())
+    with pytest.raises(CheckpointError, match="wrong shape: encoder"):
+        read_vae(path, replace(V1.vae, widths=(8, 24)))
+
+
+def test_a_model_is_found_by_file_by_folder_and_by_name(tmp_path):
+    write_folder(made(V1), tmp_path / "folder")
+    write_single(made(V1), tmp_path / "x.safetensors")
+    for path in (tmp_path / "folder", tmp_path / "x.safetensors"):
+        assert minisd.load(path).config == V1
+        assert minisd.load(str(path), dtype=torch.float16).dtype == torch.float16
+    with pytest.raises(CheckpointError, match="critters-128"):
+        minisd.load(tmp_path)
+
+
+def said(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["minisd", "info", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_info_tells_what_a_checkpoint_is(tmp_path, monkeypatch, capsys):
+    parts = made(V2)
+    numbers = {part: f"{sum(p.numel() for p in parts[part].parameters()):,} numbers, float32" for part in PARTS}
+    last = {"cond_stage_model.model.logit_scale": torch.ones(()), "betas": torch.ones(1000)}
+    last["cond_stage_model.model.transformer.resblocks.2.ln_1.weight"] = torch.ones(24)
+    torch.save(named(parts, tmp_path) | last, tmp_path / "x.ckpt")
+    told = said(monkeypatch, capsys, tmp_path / "x.ckpt")
+    assert "not needed: 3 tensors: " in told and all(name in told for name in last)
+    assert "small v2, a single file\n" in told and "predicts eps or v" in told and "<-" not in told
+    assert all(f"{part}: {len(parts[part].state_dict())} tensors, {numbers[part]}" in told for part in PARTS)
+    told = said(monkeypatch, capsys, tmp_path / "x.ckpt", "--keys")
+    block = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
+    assert f"text.blocks.1.attention.k.weight <- {block}\n" in told
+    assert "unet.conv_in.weight <- model.diffusion_model.input_blocks.0.0.weight\n" in told
+    write_folder(made(X4), tmp_path / "folder")
+    told = said(monkeypatch, capsys, tmp_path / "folder", "--keys")
+    assert "small x4, a diffusers folder\npredicts v\n" in told and "float16" in told
+    assert "unet.conv_in.weight <- unet/conv_in.weight\n" in told
+    told = said(monkeypatch, capsys, weights.assets() / "models" / "critters-128")
+    assert told.startswith("critters-128, a folder of minisd\n") and "\nunet: " in told
+    save_tensors(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(4, 8)})
+    told = said(monkeypatch, capsys, tmp_path / "lora.safetensors")
+    assert "is a LoRA" in told and "1 tensors, 32 numbers, float16" in told
+
+
+def test_diffusers_draws_with_the_bundled_model_what_we_draw(tmp_path):
+    """From a folder, and from a single file: three steps of DDIM from one start, with guidance."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    parts = read_parts(weights.resolve(None))
+    sd = minisd.StableDiffusion(**parts)
+    write_folder(parts, tmp_path / "folder", torch.float32)
+    write_single(parts, tmp_path / "x.safetensors", torch.float32)
+    prompt = "a watercolor of an orange cat with blue eyes on a beach"
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plan = schedule.plan(sd.schedule, 3, "leading", to_zero=False, rounded=True)
+    denoise = sd.denoiser(sd.encode_text(prompt), sd.encode_text(""), guidance=4.0)
+    with torch.no_grad():
+        *_, (ours, _) = samplers.ddim(denoise, plan.init_scale * z, plan.sigmas.float(), None)
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+    for pipe in (
+        StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True),
+        StableDiffusionPipeline.from_single_file(
+            str(tmp_path / "x.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+        ),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.tokenizer(prompt, padding="max_length").input_ids == sd.tokenizer([prompt])[0].tolist()
+        with contextlib.redirect_stderr(io.StringIO()):
+            theirs = pipe(prompt, latents=z, **settings).images
+        assert (plan.final_scale * ours - theirs).abs().max() < 1.5e-5  # measured 2.6e-6, of numbers up to 3.6
