@@ -73,6 +73,21 @@ class ImageTowerConfig:
 
 
 @dataclass(frozen=True)
+class DepthConfig:
+    """The depth estimator, DPT-hybrid: a residual network, a transformer on its last map, a ladder back up."""
+
+    size: int = 384  # pixels a side it was trained at, a multiple of 32
+    stem: int = 64
+    widths: tuple[int, int, int] = (256, 512, 1024)  # of the residual stages at 1/4, 1/8 and 1/16 of the size
+    blocks: tuple[int, int, int] = (3, 4, 9)  # bottlenecks a stage
+    groups: int = 32  # of every GroupNorm; the 3x3 convolutions are a quarter as wide as their stage
+    width: int = 768  # of the transformer
+    heads: int = 12
+    taps: tuple[int, int] = (8, 11)  # the transformer blocks whose tokens the ladder takes; the second is the last
+    fusion: int = 256  # channels of the ladder
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The forward process: which betas, and how many steps."""
 
