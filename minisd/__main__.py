@@ -1,4 +1,4 @@
-"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | upscale | train | eval | info`."""
+"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | depth2img | upscale | train | eval | info`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = {
     name: getattr(samplers, name)
-    for name in ("ancestral", "ddim", "ddpm", "dpmpp_2m", "euler", "euler_a", "heun", "lcm", "lms", "plms")
+    for name in "ancestral ddim ddpm dpmpp_2m dpmpp_2m_sde dpmpp_sde euler euler_a heun lcm lms plms unipc".split()
 }
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ Sampler = Annotated[str, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")]
 Schedule = Annotated[str, typer.Option(help="Which noise levels to visit: karras, linspace, trailing, leading, ...")]
 LongPrompts = Annotated[str, typer.Option(help="cut: keep 75 tokens; chunk: read on in further chunks.")]
 ClipSkip = Annotated[int | None, typer.Option(help="Read the text tower's last block (1), the one before (2), ...")]
+Tile = Annotated[int | None, typer.Option(help="Encode and decode in tiles of so many latent cells: less memory.")]
 Count = Annotated[int, typer.Option("--n", "-n", help="How many pictures, with seeds counting on.")]
 Size = Annotated[str | None, typer.Option(help="A side, or width x height: 128, 128x192.")]
 Model = Annotated[str | None, typer.Option(help="A model's file or folder, or the name of a bundled one.")]
@@ -54,6 +55,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it
 Strength = Annotated[float, typer.Option(help="0 keeps the picture, 1 forgets it.")]
 Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
 Mask = Annotated[Path, typer.Argument(help="White where the picture is redrawn.", show_default=False)]
+Depth = Annotated[Path | None, typer.Option(help="How near everything is, the nearest white; else it is estimated.")]
 NoiseLevel = Annotated[
     int, typer.Option(help="Noise added to the small picture: more leaves more to invent, 0 to 350.")
 ]
@@ -76,6 +78,7 @@ def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
         schedule: Schedule = "karras",
         long_prompts: LongPrompts = "cut",
         clip_skip: ClipSkip = None,
+        tile: Tile = None,
         n: Count = 1,
         model: Model = None,
         device: Device = "cpu",
@@ -86,8 +89,8 @@ def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
 
         paths = _outputs(output, n, force)
         draw = way(
-            **own, negative=negative, seed=seed, steps=steps, guidance=guidance, rescale=rescale,
-            sampler=_sampler(sampler), schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, n=n,
+            **own, negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale,
+            sampler=_sampler(sampler), schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile,
         )  # fmt: skip
         pictures = draw(load(model, device=device))
         for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
@@ -120,6 +123,13 @@ def inpaint(prompt: Prompt, picture: Picture, mask: Mask, strength: Strength = 1
     """Redraw the masked part of a picture."""
     source, white = images.read(picture), images.read(mask, background="black")
     return lambda sd: sd.inpaint(prompt, source, white, strength=strength, **settings)
+
+
+@drawing
+def depth2img(prompt: Prompt, picture: Picture, depth: Depth = None, strength: Strength = 0.9, **settings: Any):
+    """Redraw a picture and keep its depths."""
+    source, near = images.read(picture), None if depth is None else images.read(depth)
+    return lambda sd: sd.depth2img(prompt, source, depth=near, strength=strength, **settings)
 
 
 @drawing

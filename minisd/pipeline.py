@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks
+from . import checks, samplers
 from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
+from .depth import DPT, depth_channel
 from .devices import check_device, free_memory, naming_the_knob
 from .prompt import encode as encode_prompts
 from .run import Run
@@ -43,9 +44,17 @@ class StableDiffusion:
     Call it with a prompt; or take the steps yourself: `encode_text`, `denoiser`, `schedule.plan`, a sampler, `decode`.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text: TextTower, unet: UNet, vae: VAE):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        text: TextTower,
+        unet: UNet,
+        vae: VAE,
+        depth: DPT | None = None,
+    ):
         self.config, self.tokenizer = config, tokenizer
-        self.text, self.unet, self.vae = text, unet, vae
+        self.text, self.unet, self.vae, self.depth = text, unet, vae, depth
         self.schedule: NoiseSchedule = from_config(config.schedule)
 
     @property
@@ -57,8 +66,8 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
-        """Move all three networks, cast them, or both; returns the pipeline itself."""
-        for module in (self.text, self.unet, self.vae):
+        """Move all networks, cast them, or both; returns the pipeline itself."""
+        for module in filter(None, (self.text, self.unet, self.vae, self.depth)):
             module.to(device=device, dtype=dtype)
         return self
 
@@ -100,14 +109,24 @@ class StableDiffusion:
         return Denoiser(self.unet, self.schedule, kind, context, negative, guidance, rescale, concat, label)
 
     @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b z h8 w8"]:
-        """Pictures in [-1, 1] to latents, the posterior's mean, in float32 on the CPU."""
-        return self.vae.encode(pixels.to(self.device, self.dtype)).float().cpu()
+    def encode(self, pixels: Float[Tensor, "b 3 h w"], tile: int | None = None) -> Float[Tensor, "b z h8 w8"]:
+        """Pictures in [-1, 1] to latents, the posterior's mean, in float32 on the CPU.
+
+        `tile`: work in overlapping tiles of so many latent cells a side, which takes less memory (see `VAE`).
+        """
+        return self.vae.encode(pixels.to(self.device, self.dtype), tile=tile).float().cpu()
 
     @torch.no_grad()
-    def decode(self, z: Float[Tensor, "b z h8 w8"]) -> Float[Tensor, "b 3 h w"]:
-        """Latents to pictures in [-1, 1], in float32 on the CPU."""
-        return self.vae.decode(z.to(self.device, self.dtype)).float().cpu()
+    def decode(self, z: Float[Tensor, "b z h8 w8"], tile: int | None = None) -> Float[Tensor, "b 3 h w"]:
+        """Latents to pictures in [-1, 1], in float32 on the CPU; `tile` as in `encode`."""
+        return self.vae.decode(z.to(self.device, self.dtype), tile).float().cpu()
+
+    @torch.no_grad()
+    def estimate_depth(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
+        """How near everything in pictures in [-1, 1] is (their disparity), at the estimator's own size."""
+        if self.depth is None:
+            raise ValueError(f"{self.config.name} came without a depth estimator; give a depth picture, nearest white")
+        return self.depth.estimate(pixels.to(self.device, self.dtype)).float().cpu()
 
     # The ways to draw
 
@@ -120,7 +139,8 @@ class StableDiffusion:
         training. Every way to draw has these `settings`: `negative` (""), what to steer away from; `seed`, of the first
         picture, the next ones count on, or a list, drawn if left out; `n` (1); `steps` (20); `guidance` (the model's
         own); `rescale` (0); `sampler` (`samplers.dpmpp_2m`); `schedule` ("karras", or another spacing of
-        `schedule.plan`); `long_prompts` ("cut") and `clip_skip` of `encode_text`; `progress` (True).
+        `schedule.plan`); `long_prompts` ("cut") and `clip_skip` of `encode_text`; `tile` of `decode`, for large
+        pictures; `progress` (True).
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.
@@ -129,7 +149,7 @@ class StableDiffusion:
         factor = self.vae.config.factor
         width, height = checks.size(self.config.size if size is None else size, factor)
         run = Run(self.config, self.schedule, prompt, **settings)
-        self._check_memory(len(run), width, height)
+        self._check_memory(run, width, height)
         return self._draw(run, (height // factor, width // factor))
 
     __call__ = text_to_image
@@ -173,7 +193,9 @@ class StableDiffusion:
         white = (images.from_pil(mask)[:, :1] > 0).float()
         factor = self.vae.config.factor
         if self.config.unet.in_channels == 9:
-            rest = self.encode(images.from_pil(picture) * (1 - white))  # grey, which is 0, where it is to be redrawn
+            rest = self.encode(
+                images.from_pil(picture) * (1 - white), run.tile
+            )  # grey, which is 0, where it is to be redrawn
             cells = white[:, :, factor // 2 :: factor, factor // 2 :: factor]
             drawn = self._redraw(run, picture, concat=torch.cat([cells, rest], dim=1))
         else:
@@ -182,6 +204,30 @@ class StableDiffusion:
         for new in drawn if isinstance(drawn, list) else [drawn]:
             new.paste(picture, mask=mask.point(lambda value: 255 - value))
         return drawn
+
+    def depth2img(
+        self,
+        prompt: str | Sequence[str],
+        picture: Image.Image,
+        *,
+        depth: Image.Image | None = None,
+        strength: float = 0.9,
+        **settings: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """Redraw a picture and keep its depths: colours and materials may change, shapes and places stay.
+
+        `depth` is a grey picture of how near everything is, the nearest white; without it the model's own estimator
+        looks at `picture`. `strength` as in `img2img`, `settings` as in `text_to_image`.
+        """
+        self._must_take(5)
+        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
+        picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
+        cells = tuple(side // self.vae.config.factor for side in reversed(picture.size))
+        if depth is None:
+            disparity = self.estimate_depth(images.from_pil(picture))
+        else:
+            disparity = images.from_pil(images.fit(images.to_rgb(depth), picture.size))[:, :1]
+        return self._redraw(run, picture, concat=depth_channel(disparity, cells))
 
     def upscale(
         self, prompt: str | Sequence[str], picture: Image.Image, *, noise_level: int = 20, **settings: Any
@@ -197,7 +243,7 @@ class StableDiffusion:
         run.settings["noise_level"] = noise_level
         small = images.from_pil(images.to_rgb(picture))
         factor, cells = self.vae.config.factor, small.shape[-2:]
-        self._check_memory(len(run), cells[1] * factor, cells[0] * factor)
+        self._check_memory(run, cells[1] * factor, cells[0] * factor)
         label = torch.tensor([noise_level])
         noised = self.schedule.add_noise(
             small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, *cells)
@@ -208,10 +254,10 @@ class StableDiffusion:
         self, run: Run, picture: Image.Image, mask: Tensor | None = None, concat: Tensor | None = None
     ) -> Image.Image | list[Image.Image]:
         """From a picture, as far as the strength goes; strength 0 gives its own pixels."""
-        self._check_memory(len(run), *picture.size)
+        self._check_memory(run, *picture.size)
         if run.strength == 0:
             return run.finish([picture.copy() for _ in range(len(run))])
-        latent = self.encode(images.from_pil(picture))
+        latent = self.encode(images.from_pil(picture), run.tile)
         return self._draw(run, latent.shape[-2:], latent, mask, concat)
 
     @naming_the_knob()
@@ -231,23 +277,24 @@ class StableDiffusion:
         """
         shape = (self.config.vae.latent_channels, *cells)
         if concat is None and self.config.unet.in_channels == 9:
-            concat = self._all_masked(cells)
+            concat = self._all_masked(cells, run.tile)
         if run.guidance == 1:
             context, negative = self.encode_text(run.prompts, **run.reading), None
         else:
             context, negative = self.encode_text(run.prompts + run.negatives, **run.reading).chunk(2)
         denoise = self.denoiser(context, negative, run.guidance, run.rescale, concat, label)
         blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
-        trail = run.sampler(blended, run.start(shape, latent), run.sigmas, lambda *_: run.noise(*shape))
+        x, noise = run.start(shape, latent), samplers.BrownianNoise(lambda: run.noise(*shape))
+        trail = run.sampler(blended, x, run.sigmas, noise)
         for step, (x, _) in enumerate(tqdm(trail, total=len(run.sigmas) - 1, disable=not run.progress), start=1):
             if not x.isfinite().all():
                 raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
-        return run.finish(images.to_pil(torch.cat([self.decode(z) for z in x.split(1)])))
+        return run.finish(images.to_pil(torch.cat([self.decode(z, run.tile) for z in x.split(1)])))
 
-    def _all_masked(self, cells: tuple[int, int]) -> Float[Tensor, "1 5 h w"]:
+    def _all_masked(self, cells: tuple[int, int], tile: int | None) -> Float[Tensor, "1 5 h w"]:
         """What an inpainting model is shown where there is nothing to keep: a mask all ones, and grey behind it."""
         height, width = (side * self.vae.config.factor for side in cells)
-        return torch.cat([torch.ones(1, 1, *cells), self.encode(torch.zeros(1, 3, height, width))], dim=1)
+        return torch.cat([torch.ones(1, 1, *cells), self.encode(torch.zeros(1, 3, height, width), tile)], dim=1)
 
     def _picture_and_mask(self, picture: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
         """A picture whose sides fit, and its mask, black and white, cropped as the picture is."""
@@ -267,17 +314,20 @@ class StableDiffusion:
         if took not in channels:
             raise ValueError(f"{self.config.name} {WAYS[took]}")
 
-    def _check_memory(self, count: int, width: int, height: int) -> None:
+    def _check_memory(self, run: Run, width: int, height: int) -> None:
         """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level."""
-        pixels, vae, unet, bytes_ = width * height, self.vae.config, self.unet.config, self.dtype.itemsize
-        decoder = 6 * bytes_ * max(vae.widths[:2]) * pixels  # one picture at a time
-        predictor = 40 * bytes_ * unet.widths[0] * 2 * count * pixels // vae.factor**2  # all, doubled by guidance
+        vae, unet, bytes_ = self.vae.config, self.unet.config, self.dtype.itemsize
+        longest = max(width, height) if run.tile is None else run.tile * vae.factor
+        at_once = min(width, longest) * min(height, longest)  # pixels of one picture, or of one tile
+        decoder = 7 * bytes_ * max(vae.widths[:2]) * at_once
+        cells = len(run) * width * height // vae.factor**2
+        predictor = 40 * bytes_ * unet.widths[0] * 2 * cells  # all pictures, doubled by guidance
         needed = max(decoder, predictor)
         free = free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{count} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, there are "
-                f"{free / 2**30:.1f}; choose a smaller size or fewer pictures"
+                f"{len(run)} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, there are "
+                f"{free / 2**30:.1f}; choose a smaller size or fewer pictures, or set tile"
             )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks, samplers
 from .config import ModelConfig
 from .schedule import NoiseSchedule, plan
+from .vae import TILES
 
 MAX_GUIDANCE = 100.0
 
@@ -43,6 +44,7 @@ class Run:
         strength: float = 1.0,
         long_prompts: Literal["cut", "chunk"] = "cut",
         clip_skip: int | None = None,
+        tile: int | None = None,
         progress: bool = True,
     ):
         n = checks.integer("n", n, 1, 10_000)
@@ -63,6 +65,7 @@ class Run:
             warnings.warn("a negative prompt has no effect at guidance 1", stacklevel=3)
         self.rescale = checks.number("rescale", rescale, 0, 1)
         self.strength = checks.number("strength", strength, 0, 1)
+        self.tile = None if tile is None else checks.integer("tile", tile, *TILES)
         self.sampler, self.progress = sampler, progress
         self.reading = {"long_prompts": long_prompts, "clip_skip": clip_skip}  # how `encode_text` is to read
 

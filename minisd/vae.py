@@ -17,6 +17,7 @@ from .config import VAEConfig
 from .layers import Attention, Downsample, ResidualBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm in the autoencoder
+TILES = 4, 2**16  # the smallest and the largest side of a tile, in latent cells
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def tiled(
     """
     if tile is None:
         return network(x)
-    tile = checks.integer("tile", tile, 4, 2**16)
+    tile = checks.integer("tile", tile, *TILES)
     height, width = (side // cell_in for side in x.shape[-2:])
     longest = max(height, width)
     if longest <= tile:

@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same_picture_and_another_seed_another():
     assert first.tobytes() == again.tobytes() != other.tobytes()
 
 
-@pytest.mark.parametrize("sampler", [samplers.dpmpp_2m, samplers.euler_a])
+@pytest.mark.parametrize("sampler", [samplers.dpmpp_sde, samplers.dpmpp_2m, samplers.euler_a])
 def test_a_batch_holds_the_pictures_that_single_runs_draw(sampler):
     batch = sd()("a cat", seed=5, n=3, sampler=sampler, **QUICK)
     singles = [sd()("a cat", seed=s, sampler=sampler, **QUICK) for s in (5, 6, 7)]
@@ -253,9 +253,39 @@ def test_an_upscaler_enlarges_by_the_factor_of_its_autoencoder_and_sees_the_nois
             model.upscale("a cat", picture, noise_level=level)
 
 
+def test_a_depth_model_sees_how_near_things_are():
+    model, picture = with_channels(5), photograph(64, 32)
+    near = Image.linear_gradient("L").resize((64, 32))
+    drawn = model.depth2img("a cat", picture, depth=near, seed=1, **QUICK)
+    assert drawn.size == (64, 32) and drawn.info["strength"] == 0.9
+    seen, _ = model.shown[0]
+    assert seen.shape[1:] == (1, 4, 8) and seen.min() == -1 and seen.max() == 1
+    assert (seen[0, 0].diff(dim=0) > 0).all()  # black above, white below: nearer and nearer
+    with pytest.raises(ValueError, match="without a depth estimator"):
+        model.depth2img("a cat", picture, seed=1, **QUICK)
+    same = model.depth2img("a cat", picture, depth=near, strength=0, seed=1, **QUICK)
+    assert same.tobytes() == picture.tobytes()
+
+
+def test_tiles_reach_the_autoencoder_and_take_less_memory(monkeypatch):
+    whole, tiled = (sd()("a cat", size=(128, 64), tile=tile, seed=1, **QUICK) for tile in (None, 8))
+    assert tiled.size == whole.size and tiled.tobytes() != whole.tobytes()  # how near they are: test_vae_tiling
+    monkeypatch.setattr("minisd.pipeline.free_memory", lambda device: 2**22)
+    with pytest.raises(ValueError, match="tile"):
+        sd()("a cat", size=256, seed=1, **QUICK)
+    assert sd()("a cat", size=256, tile=16, seed=1, **QUICK).size == (256, 256)
+
+
 @pytest.mark.parametrize(
     "channels, way, instead",
-    [(4, "upscale", "img2img"), (7, "img2img", "upscale"), (7, "text_to_image", "upscale"), (9, "upscale", "inpaint")],
+    [
+        (4, "upscale", "img2img"),
+        (5, "text_to_image", "depth2img"),
+        (4, "depth2img", "img2img"),
+        (7, "img2img", "upscale"),
+        (7, "text_to_image", "upscale"),
+        (9, "upscale", "inpaint"),
+    ],
 )
 def test_a_model_refuses_what_it_was_not_made_for_and_says_what_it_was(channels, way, instead):
     model = with_channels(channels)
