@@ -133,9 +133,7 @@ class Latents:
         self.scaling, device = vae.config.scaling, next(vae.parameters()).device
         means, deviations = [], []
         rank, ranks = share()
-        mine = (
-            torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)
-        )  # small batches stay in the cache
+        mine = torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)  # small batches stay in the cache
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
             for indices in tqdm(mine, desc="encoding", disable=rank > 0):
                 image = renders.pictures(indices).to(device)
