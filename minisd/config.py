@@ -108,6 +108,7 @@ class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    depth: DepthConfig | None = None  # only where the U-Net is shown depths
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""
@@ -129,7 +130,7 @@ SD2_INPAINT = dataclasses.replace(
     SD2, name="Stable Diffusion v2 inpainting", unet=dataclasses.replace(SD2.unet, in_channels=9)
 )
 SD2_DEPTH = dataclasses.replace(
-    SD2, name="Stable Diffusion v2 depth", unet=dataclasses.replace(SD2.unet, in_channels=5)
+    SD2, name="Stable Diffusion v2 depth", unet=dataclasses.replace(SD2.unet, in_channels=5), depth=DepthConfig()
 )
 SD_X4 = dataclasses.replace(
     SD2,

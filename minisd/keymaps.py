@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .config import DepthConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .tokenizer import Tokenizer
 
 
@@ -208,10 +208,71 @@ def text_rows(config: TextConfig, v2: bool) -> Iterator[Row]:
             yield Row(ours, "|".join(f"transformer.{name}" for name in names.split("|")), names)
 
 
+# The depth estimator
+
+BOTTLENECK = [  # ours, and the number that both others count the convolution by
+    *((f"reduce.{kind}", f"{kind}1") for kind in ("conv", "norm")),
+    *((f"mix.{kind}", f"{kind}2") for kind in ("conv", "norm")),
+    *((f"expand.{kind}", f"{kind}3") for kind in ("conv", "norm")),
+    *((f"shortcut.{kind}", f"downsample.{kind}") for kind in ("conv", "norm")),
+]
+VIT_BLOCK = [
+    Row("norm1.*", "norm1.*", "layernorm_before.*"),
+    Row("attention.q.*", "attn.qkv.*", "attention.attention.query.*", third=0),
+    Row("attention.k.*", "attn.qkv.*", "attention.attention.key.*", third=1),
+    Row("attention.v.*", "attn.qkv.*", "attention.attention.value.*", third=2),
+    Row("attention.out.*", "attn.proj.*", "attention.output.dense.*"),
+    Row("norm2.*", "norm2.*", "layernorm_after.*"),
+    Row("mlp_in.*", "mlp.fc1.*", "intermediate.dense.*"),
+    Row("mlp_out.*", "mlp.fc2.*", "output.dense.*"),
+]
+CONV_UNITS = [
+    Row(f"unit{u}.conv{c}.*", f"resConfUnit{u}.conv{c}.*", f"residual_layer{u}.convolution{c}.*")
+    for u in (1, 2)
+    for c in (1, 2)
+]
+
+
+def depth_rows(config: DepthConfig, v2: bool) -> Iterator[Row]:
+    """The table of the depth estimator, of v2 alone. The ladder's rungs are counted from the finest, and back."""
+    backbone, bit = "pretrained.model.patch_embed.backbone", "dpt.embeddings.backbone.bit"
+    yield Row("resnet.stem.conv.*", f"{backbone}.stem.conv.*", f"{bit}.embedder.convolution.*")
+    yield Row("resnet.stem.norm.*", f"{backbone}.stem.norm.*", f"{bit}.embedder.norm.*")
+    for stage, blocks in enumerate(config.blocks):
+        for block in range(blocks):
+            ldm, dpt = f"{backbone}.stages.{stage}.blocks.{block}", f"{bit}.encoder.stages.{stage}.layers.{block}"
+            for ours, theirs in BOTTLENECK:
+                yield Row(f"resnet.stages.{stage}.{block}.{ours}.*", f"{ldm}.{theirs}.*", f"{dpt}.{theirs}.*")
+
+    yield Row("vit.proj_in.*", "pretrained.model.patch_embed.proj.*", "dpt.embeddings.projection.*")
+    yield Row("vit.class_token", "pretrained.model.cls_token", "dpt.embeddings.cls_token")
+    yield Row("vit.positions", "pretrained.model.pos_embed", "dpt.embeddings.position_embeddings")
+    for i in range(config.taps[-1] + 1):
+        yield from under((f"vit.blocks.{i}", f"pretrained.model.blocks.{i}", f"dpt.encoder.layer.{i}"), VIT_BLOCK)
+
+    for i in range(2):
+        ldm, neck = f"pretrained.act_postprocess{i + 3}", "neck.reassemble_stage"
+        yield Row(f"reassemble.{i}.readout.*", f"{ldm}.0.project.0.*", f"{neck}.readout_projects.{i + 2}.0.*")
+        yield Row(f"reassemble.{i}.proj_out.*", f"{ldm}.3.*", f"{neck}.layers.{i + 2}.projection.*")
+        yield Row(f"reassemble.{i}.halve.*", f"{ldm}.4.*", f"{neck}.layers.{i + 2}.resize.*")
+    for i in range(4):
+        ldm, fusion = f"scratch.refinenet{i + 1}", f"neck.fusion_stage.layers.{3 - i}"
+        yield Row(f"ladder.{i}.proj_in.*", f"scratch.layer{i + 1}_rn.*", f"neck.convs.{i}.*")
+        yield from under((f"ladder.{i}", ldm, fusion), CONV_UNITS)
+        yield Row(f"ladder.{i}.proj_out.*", f"{ldm}.out_conv.*", f"{fusion}.projection.*")
+    for i in (0, 2, 4):
+        yield Row(f"head.{i}.*", f"scratch.output_conv.{i}.*", f"head.head.{i}.*")
+
+
 # Tables at work
 
-ROWS = {"unet": unet_rows, "vae": vae_rows, "text": text_rows}
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}  # single files'
+ROWS = {"unet": unet_rows, "vae": vae_rows, "text": text_rows, "depth": depth_rows}
+PREFIXES = {  # of a part's tensors in a single file
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "cond_stage_model.",
+    "depth": "depth_model.model.",
+}
 EMA = "model_ema.diffusion_model"  # before the names of the averaged U-Net, which have lost their dots
 
 UNUSED = {  # what files carry and nothing here needs: by part, and beside the parts of a single file
@@ -219,8 +280,10 @@ UNUSED = {  # what files carry and nothing here needs: by part, and beside the p
     "vae": r"(loss|model_ema)\..+",
     "text": r"(transformer\.)?(text_model\.)?embeddings\.position_ids"
     r"|(model\.)?(text_projection(\.weight)?|logit_scale)",
+    "depth": r"pretrained\.model\.(norm|head)\..+|scratch\.refinenet4\.resConfUnit1\..+"  # its classifier; a unit
+    r"|dpt\.layernorm\..+|neck\.fusion_stage\.layers\.0\.residual_layer1\..+",  # that has nothing to add to
     "": r"(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?|betas|logvar"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|(model_ema|low_scale_model|depth_model)\..+",
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|(model_ema|low_scale_model)\..+",
 }
 
 
@@ -231,7 +294,7 @@ def unused(part: str, name: str, layers: int) -> bool:
 
 
 def places(part: str, module: nn.Module, layout: Layout) -> dict[str, Place]:
-    """Where a checkpoint keeps each tensor of a part of a model: `unet`, `vae` or `text`."""
+    """Where a checkpoint keeps each tensor of a part of a model: `unet`, `vae`, `text` or `depth`."""
     table = {}
     for row in ROWS[part](module.config, layout.v2):
         theirs = row.ldm if layout.single else row.diffusers
@@ -299,6 +362,15 @@ TEXT_KEYS = {
     "places": "max_position_embeddings",
 }
 TEXT_FIXED = {"layer_norm_eps": 1e-5}
+DEPTH_KEYS = {
+    "size": "image_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "fusion": "fusion_hidden_size",
+}
+BACKBONE_KEYS = {"stem": "embedding_size", "widths": "hidden_sizes", "blocks": "depths", "groups": "num_groups"}
+DEPTH_FIXED = {"is_hybrid": True, "layer_norm_eps": 1e-6, "readout_type": "project", "hidden_act": "gelu"}
+BACKBONE_FIXED = {"layer_type": "bottleneck", "global_padding": "same", "embedding_dynamic_padding": True}
 DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 ACTIVATIONS = {"gelu": False, "quick_gelu": True}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -313,10 +385,10 @@ def is_v2(config: ModelConfig) -> bool:
 
 def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The JSON of each folder of a diffusers model."""
-    unet, vae, text, schedule = config.unet, config.vae, config.text, config.schedule
+    unet, vae, text, depth, schedule = config.unet, config.vae, config.text, config.depth, config.schedule
     first, last = schedule.ends or ENDS.get(schedule.name, ENDS["linear"])
     levels = range(len(unet.widths))
-    return {
+    return (to_depth_estimator(depth) if depth else {}) | {
         "unet": {
             "_class_name": "UNet2DConditionModel",
             **{theirs: getattr(unet, ours) for ours, theirs in UNET_KEYS.items()},
@@ -362,6 +434,34 @@ def to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def to_depth_estimator(config: DepthConfig) -> dict[str, dict[str, Any]]:
+    """The JSON of the folders of a depth estimator, and of what prepares its pictures."""
+    side = config.size
+    backbone = {theirs: getattr(config, ours) for ours, theirs in BACKBONE_KEYS.items()}
+    return {
+        "depth_estimator": {
+            "architectures": ["DPTForDepthEstimation"],
+            "model_type": "dpt",
+            **{theirs: getattr(config, ours) for ours, theirs in DEPTH_KEYS.items()},
+            **DEPTH_FIXED,
+            "intermediate_size": 4 * config.width,
+            "num_hidden_layers": config.taps[-1] + 1,
+            "backbone_out_indices": [0, 1, *config.taps],
+            "backbone_featmap_shape": [1, config.widths[-1], side // 16, side // 16],
+            "neck_hidden_sizes": [*config.widths[:2], config.width, config.width],
+            "backbone_config": {
+                "model_type": "bit", **backbone, **BACKBONE_FIXED, "out_features": ["stage1", "stage2", "stage3"],
+            },
+        },
+        "feature_extractor": {
+            "image_processor_type": "DPTImageProcessor",
+            "size": {"height": side, "width": side},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+    }  # fmt: skip
+
+
 def to_tokenizer(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """The JSON files of a diffusers model's `tokenizer` folder; the merges lie beside them."""
     end, pad = tokenizer.tokens[tokenizer.end], tokenizer.tokens[tokenizer.pad]
@@ -371,7 +471,8 @@ def to_tokenizer(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
 
 
 def from_diffusers(name: str, files: Mapping[str, Mapping[str, Any]]) -> ModelConfig:
-    """The config that a diffusers folder's JSON files describe: of `unet`, `vae`, `text_encoder` and `scheduler`.
+    """The config that a diffusers folder's JSON files describe: of `unet`, `vae`, `text_encoder`, `scheduler`, and of
+    `depth_estimator` where the U-Net is shown depths.
 
     Raises ValueError, TypeError or KeyError where they describe what our modules are not.
     """
@@ -388,6 +489,13 @@ def from_diffusers(name: str, files: Mapping[str, Mapping[str, Any]]) -> ModelCo
     if isinstance(heads, list):
         (head_dim,) = {width // count for width, count in zip(unet["block_out_channels"], heads, strict=True)}
         heads = None
+    depth = None
+    if unet["in_channels"] == 5:
+        dpt, bit = files["depth_estimator"], files["depth_estimator"]["backbone_config"]
+        backbone = known(bit, BACKBONE_KEYS, BACKBONE_FIXED)
+        backbone["widths"] = backbone["widths"][: len(backbone["blocks"])]
+        taps = tuple(dpt["backbone_out_indices"][2:])
+        depth = DepthConfig(**known(dpt, DEPTH_KEYS, DEPTH_FIXED), **backbone, taps=taps)
     cross_only = unet.get("only_cross_attention") or []
     schedule = BETAS[scheduler.get("beta_schedule", "linear")]
     ends = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
@@ -409,4 +517,5 @@ def from_diffusers(name: str, files: Mapping[str, Mapping[str, Any]]) -> ModelCo
         ),
         vae=vae_config,
         text=TextConfig(**known(text, TEXT_KEYS, TEXT_FIXED), quick_gelu=quick, pad="end" if quick else "zero"),
+        depth=depth,
     )

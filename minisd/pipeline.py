@@ -27,7 +27,7 @@ from .schedule import NoiseSchedule, from_config
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
-from .weights import read_parts, resolve
+from .weights import read_parts, resolve, write_folder, write_single
 
 MAX_NOISE_LEVEL = 350  # of the upscaler's training
 WAYS = {  # by the number of input channels: what a model is for
@@ -70,6 +70,14 @@ class StableDiffusion:
         for module in filter(None, (self.text, self.unet, self.vae, self.depth)):
             module.to(device=device, dtype=dtype)
         return self
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the model for other tools: to a single file where the path ends in .safetensors, else to a diffusers
+        folder. Raises FileExistsError where there is something already.
+        """
+        parts = {name: part for name, part in vars(self).items() if name != "schedule" and part is not None}
+        write = write_single if str(path).endswith(".safetensors") else write_folder
+        write(parts, path, dtype)
 
     # The parts
 
@@ -334,10 +342,13 @@ class StableDiffusion:
 def load(
     model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusion:
-    """The bundled model, or another by its name or folder, ready to draw.
+    """The bundled model, or another, ready to draw.
+
+    `model`: the name of a bundled one, or the path of published weights, v1 or v2: a single file (safetensors or
+    .ckpt), or a diffusers folder; or a folder that `train` or `save` has made.
 
     Raises CheckpointError (a ValueError) where there is no such model or a file doesn't fit, and ValueError for a
     device that isn't there.
     """
     device = check_device(device)
-    return StableDiffusion(**read_parts(resolve(model))).to(device, dtype)
+    return StableDiffusion(**read_parts(resolve(model), dtype)).to(device)

@@ -33,6 +33,7 @@ from .config import (
     TextConfig,
     VAEConfig,
 )
+from .depth import DPT
 from .files import (
     CheckpointError,
     is_finite,
@@ -50,7 +51,6 @@ from .unet import UNet
 from .vae import VAE
 
 BUNDLED = "critters-128"
-PARTS = ("text", "unet", "vae")
 
 
 def assets() -> Path:
@@ -84,8 +84,9 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
         raise CheckpointError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")
 
     def restored(name: str, value: Any) -> Any:
-        if is_dataclass(hints[name]):
-            return from_dict(hints[name], value)
+        kinds = get_args(hints[name]) or (hints[name],)
+        if value is not None and (kind := next(filter(is_dataclass, kinds), None)):
+            return from_dict(kind, value)
         if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
             raise CheckpointError(f"{name} is {value!r}; it must be one of {', '.join(get_args(hints[name]))}")
         return tuple(value) if isinstance(value, list) else value
@@ -141,10 +142,11 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def empty_parts(config: ModelConfig, source: str | Path) -> dict[str, nn.Module]:
-    """The three networks of a config on `meta`: names and shapes, no numbers."""
+    """The networks of a config on `meta`: names and shapes, no numbers."""
     try:
         with torch.device("meta"), NoInitialisation():
-            return {"text": TextTower(config.text), "unet": UNet(config.unet), "vae": VAE(config.vae)}
+            parts = {"text": TextTower(config.text), "unet": UNet(config.unet), "vae": VAE(config.vae)}
+            return parts | ({"depth": DPT(config.depth)} if config.depth else {})
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{source}: no network has these sizes: {error}") from error
 
@@ -162,8 +164,8 @@ def read_parts(path: Path, dtype: torch.dtype = torch.float32, finite: bool = Tr
     if path.is_file() or (path / "model_index.json").is_file():
         return open_checkpoint(path).load(dtype, finite)
     config = read_config(path)
-    parts = empty_parts(config, path / "config.json")
-    parts = {name: read_module(parts[name], path / f"{name}.safetensors", dtype, finite) for name in PARTS}
+    empty = empty_parts(config, path / "config.json")
+    parts = {name: read_module(part, path / f"{name}.safetensors", dtype, finite) for name, part in empty.items()}
     return {"config": config, "tokenizer": read_tokenizer(path, config), **parts}
 
 
@@ -197,8 +199,16 @@ FOLDERS = {  # of diffusers' parts, and the names of the files in them
     "unet": ("unet", ("diffusion_pytorch_model",)),
     "vae": ("vae", ("diffusion_pytorch_model",)),
     "text": ("text_encoder", ("model", "pytorch_model")),
+    "depth": ("depth_estimator", ("model", "pytorch_model")),
 }
-JSON_FILES = {"unet": "config", "vae": "config", "text_encoder": "config", "scheduler": "scheduler_config"}
+JSON_FILES = {
+    "unet": "config",
+    "vae": "config",
+    "text_encoder": "config",
+    "scheduler": "scheduler_config",
+    "depth_estimator": "config",
+    "feature_extractor": "preprocessor_config",
+}
 ENDINGS = [  # of a file of weights, the first that is there is read
     *(".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json"),
     *(".bin", ".bin.index.json", ".fp16.bin", ".bin.index.fp16.json"),
@@ -438,7 +448,7 @@ def open_folder(path: Path) -> Checkpoint:
             config = read_config(path)
         else:
             files = {name: path / name / f"{file}.json" for name, file in JSON_FILES.items()}
-            told = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+            told = {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.is_file()}
             config = keymaps.from_diffusers(path.name, told)
     except CheckpointError:
         raise
@@ -449,7 +459,8 @@ def open_folder(path: Path) -> Checkpoint:
             config = preset
     clip = config.text.vocabulary == CLIP_VOCABULARY
     tokenizer = clip_tokenizer(config.text) if clip else load_tokenizer(path / "tokenizer" / "merges.txt", config.text)
-    tensors = {part: read_tensors(weights_file(path / name, stems), False) for part, (name, stems) in FOLDERS.items()}
+    there = {part: FOLDERS[part] for part in FOLDERS if part != "depth" or config.depth}
+    tensors = {part: read_tensors(weights_file(path / name, stems), False) for part, (name, stems) in there.items()}
     layout = Layout(single=False, v2=is_v2(config))
     return Checkpoint(path, config, layout, tokenizer, tensors, tuple(precisions(tensors)))
 
@@ -542,6 +553,9 @@ def write_folder(parts: Mapping[str, Any], folder: str | Path, dtype: torch.dtyp
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
+    if config.depth:
+        index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
+        index["feature_extractor"] = ["transformers", "DPTImageProcessor"]
     if config.unet.classes:
         index["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
         low = files["scheduler/scheduler_config"] | {"_class_name": "DDPMScheduler", "prediction_type": "epsilon"}
@@ -554,8 +568,9 @@ def write_folder(parts: Mapping[str, Any], folder: str | Path, dtype: torch.dtyp
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         parts["tokenizer"].save(temporary / "tokenizer" / "merges.txt")
-        for part, (name, stems) in FOLDERS.items():
-            save_tensors(temporary / name / f"{stems[0]}.safetensors", tensors[part], dtype)
+        for part, own in tensors.items():
+            name, stems = FOLDERS[part]
+            save_tensors(temporary / name / f"{stems[0]}.safetensors", own, dtype)
         write_config(temporary, config)
         temporary.replace(folder)
     finally:

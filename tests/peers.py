@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import BitConfig, CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
 
+from minisd.keymaps import Layout, places
+
 ATTENTION = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".out.": ".to_out.0."}
 RESIDUAL = {".time.": ".time_emb_proj.", ".shortcut.": ".conv_shortcut."}
 TRANSFORMER = {
@@ -144,69 +146,10 @@ def text_peer(text):
     return strict_copy(peer, {prefix + renamed(n, table): t for n, t in own.items()})
 
 
-def depth_rungs(config):
-    """Our depth estimator's parts, and what they are called in a checkpoint of SD2 depth and by transformers.
-
-    What follows the part's name is the same everywhere. The checkpoint keeps an attention's q, k and v as the three
-    thirds of one tensor, and stores `DEAD_DEPTH` besides, which no picture passes through.
-    """
-    model, backbone = "pretrained.model", "pretrained.model.patch_embed.backbone"
-    embeddings, bit = "dpt.embeddings", "dpt.embeddings.backbone.bit"
-    rungs = {
-        "resnet.stem.conv": (f"{backbone}.stem.conv", f"{bit}.embedder.convolution"),
-        "resnet.stem.norm": (f"{backbone}.stem.norm", f"{bit}.embedder.norm"),
-        "vit.proj_in": (f"{model}.patch_embed.proj", f"{embeddings}.projection"),
-        "vit.class_token": (f"{model}.cls_token", f"{embeddings}.cls_token"),
-        "vit.positions": (f"{model}.pos_embed", f"{embeddings}.position_embeddings"),
-    }
-    for stage, blocks in enumerate(config.blocks):
-        for block in range(blocks):
-            ours = f"resnet.stages.{stage}.{block}"
-            theirs = f"{backbone}.stages.{stage}.blocks.{block}", f"{bit}.encoder.stages.{stage}.layers.{block}"
-            for i, part in enumerate(("reduce", "mix", "expand"), start=1):
-                for kind in ("conv", "norm"):
-                    rungs[f"{ours}.{part}.{kind}"] = tuple(f"{t}.{kind}{i}" for t in theirs)
-            rungs[f"{ours}.shortcut"] = tuple(f"{t}.downsample" for t in theirs)
-    for i in range(config.taps[-1] + 1):
-        for ours, ldm, peer in (
-            ("norm1", "norm1", "layernorm_before"),
-            ("attention.q", "attn.qkv", "attention.attention.query"),
-            ("attention.k", "attn.qkv", "attention.attention.key"),
-            ("attention.v", "attn.qkv", "attention.attention.value"),
-            ("attention.out", "attn.proj", "attention.output.dense"),
-            ("norm2", "norm2", "layernorm_after"),
-            ("mlp_in", "mlp.fc1", "intermediate.dense"),
-            ("mlp_out", "mlp.fc2", "output.dense"),
-        ):
-            rungs[f"vit.blocks.{i}.{ours}"] = f"{model}.blocks.{i}.{ldm}", f"dpt.encoder.layer.{i}.{peer}"
-    for i in range(2):
-        ours, ldm, neck = f"reassemble.{i}", f"pretrained.act_postprocess{i + 3}", "neck.reassemble_stage"
-        rungs[f"{ours}.readout"] = f"{ldm}.0.project.0", f"{neck}.readout_projects.{i + 2}.0"
-        rungs[f"{ours}.proj_out"] = f"{ldm}.3", f"{neck}.layers.{i + 2}.projection"
-        rungs[f"{ours}.halve"] = f"{ldm}.4", f"{neck}.layers.{i + 2}.resize"
-    for i in range(4):
-        ours, ldm, peer = f"ladder.{i}", f"scratch.refinenet{i + 1}", f"neck.fusion_stage.layers.{3 - i}"
-        rungs[f"{ours}.proj_in"] = f"scratch.layer{i + 1}_rn", f"neck.convs.{i}"
-        rungs[f"{ours}.proj_out"] = f"{ldm}.out_conv", f"{peer}.projection"
-        for unit in (1, 2):
-            for conv in (1, 2):
-                ldm_conv = f"{ldm}.resConfUnit{unit}.conv{conv}"
-                rungs[f"{ours}.unit{unit}.conv{conv}"] = ldm_conv, f"{peer}.residual_layer{unit}.convolution{conv}"
-    rungs["head"] = "scratch.output_conv", "head.head"
-    return rungs
-
-
-DEAD_DEPTH = ("pretrained.model.norm.", "pretrained.model.head.", "scratch.refinenet4.resConfUnit1.")
-
-
 def depth_names(depth):
     """Every tensor of our depth estimator: its names in a checkpoint of SD2 depth and by transformers."""
-    rungs = depth_rungs(depth.config)
-    names = {}
-    for name in depth.state_dict():
-        rung = max((r for r in rungs if f"{name}.".startswith(f"{r}.")), key=len)
-        names[name] = tuple(theirs + name[len(rung) :] for theirs in rungs[rung])
-    return names
+    ldm, dpt = (places("depth", depth, Layout(single, v2=True)) for single in (True, False))
+    return {name: (ldm[name].names[0], dpt[name].names[0]) for name in depth.state_dict()}
 
 
 def depth_peer(depth):

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peers import DEAD_DEPTH, depth_names, depth_peer
+from peers import depth_names, depth_peer
 
 from minisd.config import DepthConfig
 from minisd.depth import DPT, depth_channel, network_size
+from minisd.keymaps import unused
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "depth.json").read_text(encoding="utf-8"))
 TINY = DepthConfig(
@@ -80,7 +81,7 @@ def test_every_tensor_has_its_place_in_the_published_checkpoint():
         shape = list(depth.state_dict()[name].shape)
         shapes.setdefault(published, [0 if "qkv" in published else shape[0], *shape[1:]])
         shapes[published][0] += shape[0] if "qkv" in published else 0
-    dead = {name: shape for name, shape in PUBLISHED["tensors"].items() if name.startswith(DEAD_DEPTH)}
+    dead = {name: shape for name, shape in PUBLISHED["tensors"].items() if unused("depth", name, 0)}
     assert shapes | dead == PUBLISHED["tensors"]
     assert not shapes.keys() & dead.keys()
     alive = sum(p.numel() for p in depth.parameters())

@@ -148,6 +148,16 @@ def test_a_saved_model_loads_and_draws_the_same_up_to_half_precision(tmp_path):
     assert np.abs(pixels(loaded("a cat", seed=1, **QUICK)) - pixels(model("a cat", seed=1, **QUICK))).mean() < 1
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_a_model_saved_for_other_tools_loads_and_draws_the_same(tmp_path, name):
+    sd().save(tmp_path / name, torch.float32)
+    again = minisd.load(tmp_path / name)
+    assert again("a cat", seed=1, **QUICK).tobytes() == sd()("a cat", seed=1, **QUICK).tobytes()
+    assert minisd.load(tmp_path / name, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(FileExistsError, match="model"):
+        sd().save(tmp_path / name)
+
+
 def test_models_that_are_not_there_or_do_not_fit_are_refused(tmp_path):
     with pytest.raises(minisd.CheckpointError, match="nowhere"):
         minisd.load("nowhere")

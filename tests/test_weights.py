@@ -14,12 +14,12 @@ from peers import randomise
 import minisd
 from minisd import __main__ as command_line
 from minisd import samplers, schedule, weights
-from minisd.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError, read_tensors, save_tensors
 from minisd.keymaps import EMA, PREFIXES
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
-from minisd.weights import PARTS, empty_parts, open_checkpoint, read_parts, read_vae, write_folder, write_single
+from minisd.weights import empty_parts, open_checkpoint, read_parts, read_vae, write_folder, write_single
 
 UNET = UNetConfig(widths=(16, 32), blocks=1, attention=(True, False), heads=2, context_dim=16, groups=4)
 UNET2 = replace(UNET, heads=None, head_dim=8, context_dim=24)
@@ -42,12 +42,13 @@ X4 = replace(
     schedule=replace(V2.schedule, ends=(1e-4, 0.02)),
     unet=UNetConfig(7, 4, (16, 32), 1, (False, True), 4, None, 24, groups=4, cross_only=1, classes=10),
 )
+DEPTH = DepthConfig(64, 16, (32, 64, 96), (1, 1, 2), groups=4, width=32, heads=4, taps=(1, 2), fusion=16)
 FAMILIES = {
     (16, 4): V1,
     (16, 9): replace(V1, name="small v1 inpainting", unet=replace(UNET, in_channels=9)),
     (24, 4): V2,
     (24, 9): replace(V2, name="small v2 inpainting", unet=replace(UNET2, in_channels=9)),
-    (24, 5): replace(V2, name="small v2 depth", unet=replace(UNET2, in_channels=5)),
+    (24, 5): replace(V2, name="small v2 depth", unet=replace(UNET2, in_channels=5), depth=DEPTH),
     (24, 7): X4,
 }
 each_family = pytest.mark.parametrize("model", FAMILIES.values(), ids=[m.name for m in FAMILIES.values()])
@@ -67,9 +68,15 @@ def made(model):
     return {"config": model, "tokenizer": Tokenizer([], pad=model.text.pad), **filled}
 
 
+def networks(parts):
+    """Names of all parts that hold weights."""
+    return [name for name, part in parts.items() if isinstance(part, torch.nn.Module)]
+
+
 def assert_same(read, parts, cast=lambda tensor: tensor):
+    assert networks(read) == networks(parts)
     assert read["tokenizer"].tokens == parts["tokenizer"].tokens and read["tokenizer"].pad == parts["tokenizer"].pad
-    for part in PARTS:
+    for part in networks(parts):
         own, back = parts[part].state_dict(), read[part].state_dict()
         assert list(own) == list(back)
         assert all(torch.equal(back[name], cast(tensor)) for name, tensor in own.items())
@@ -144,7 +151,7 @@ def test_half_precision_stays_in_the_file(tmp_path):
         path = tmp_path / f"{model.name}.safetensors"
         write_single(made(model), path)
         read = read_parts(path, torch.float16)
-        storages = {t.untyped_storage().data_ptr() for part in PARTS for t in read[part].state_dict().values()}
+        storages = {t.untyped_storage().data_ptr() for part in networks(read) for t in read[part].state_dict().values()}
         assert len(storages) == 1
 
 
@@ -184,7 +191,7 @@ def test_numbers_of_several_precisions_are_converted_and_that_is_said(tmp_path):
         read = read_parts(tmp_path / "x.safetensors")
     told = " ".join(str(w.message) for w in said)
     assert "unet are float8_e4m3fn" in told and "vae are bfloat16 and float32" in told
-    assert all(t.dtype == torch.float32 for part in PARTS for t in read[part].state_dict().values())
+    assert all(t.dtype == torch.float32 for part in networks(read) for t in read[part].state_dict().values())
     back, own = read["unet"].conv_in.weight, parts["unet"].conv_in.weight
     assert torch.equal(back, own.to(torch.float8_e4m3fn).float())
 
@@ -322,14 +329,16 @@ def said(monkeypatch, capsys, *arguments):
 
 def test_info_tells_what_a_checkpoint_is(tmp_path, monkeypatch, capsys):
     parts = made(V2)
-    numbers = {part: f"{sum(p.numel() for p in parts[part].parameters()):,} numbers, float32" for part in PARTS}
+    numbers = {
+        part: f"{sum(p.numel() for p in parts[part].parameters()):,} numbers, float32" for part in networks(parts)
+    }
     last = {"cond_stage_model.model.logit_scale": torch.ones(()), "betas": torch.ones(1000)}
     last["cond_stage_model.model.transformer.resblocks.2.ln_1.weight"] = torch.ones(24)
     torch.save(named(parts, tmp_path) | last, tmp_path / "x.ckpt")
     told = said(monkeypatch, capsys, tmp_path / "x.ckpt")
     assert "not needed: 3 tensors: " in told and all(name in told for name in last)
     assert "small v2, a single file\n" in told and "predicts eps or v" in told and "<-" not in told
-    assert all(f"{part}: {len(parts[part].state_dict())} tensors, {numbers[part]}" in told for part in PARTS)
+    assert all(f"{part}: {len(parts[part].state_dict())} tensors, {numbers[part]}" in told for part in networks(parts))
     told = said(monkeypatch, capsys, tmp_path / "x.ckpt", "--keys")
     block = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
     assert f"text.blocks.1.attention.k.weight <- {block}\n" in told
