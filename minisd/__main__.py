@@ -1,4 +1,4 @@
-"""The command line: `minisd "a prompt"`, and `minisd img2img | inpaint | depth2img | upscale | train | eval | info`."""
+"""The command line: `minisd "a prompt"`, or img2img, inpaint, depth2img, upscale, train, eval, info, download."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 
 from . import checks, samplers
+from . import download as downloads
 from . import image as images
 
 if TYPE_CHECKING:
@@ -229,6 +230,21 @@ def info(
         typer.echo(f"{file} holds no settings")
     for key, value in settings.items():
         typer.echo(f"{_printable(key)}: {_printable(value)}")
+
+
+@app.command()
+def download(
+    model: Annotated[
+        str, typer.Argument(help=f"One of: {', '.join(m.key for m in downloads.MODELS)}.", show_default=False)
+    ],
+    folder: Annotated[Path | None, typer.Option(help="Where to put the file; else in the Hugging Face cache.")] = None,
+) -> None:
+    """Fetch published weights; prints the file's path."""
+    published = downloads.find(model)
+    typer.echo(f"{published.name}, {published.size / 1e9:.2f} GB, licence: {published.licence}", err=True)
+    path = downloads.download(model, folder)
+    typer.echo(path)
+    typer.echo(f"next: {published.next_step(path)}", err=True)
 
 
 def _printable(text: str) -> str:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "minisd"
 
 # A room imports from rooms before it, never from one behind it.
 ORDER = """
-    config checks devices files samplers toy image
+    config checks devices files download samplers toy image
     schedule
     layers
     tokenizer prompt clip vae unet depth denoiser hooks
