@@ -6,7 +6,6 @@ HF_ENDPOINT names another server, HF_HUB_CACHE another cache.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -50,7 +49,7 @@ class Published:
     def next_step(self, path: Path) -> str:
         """What to do with the file."""
         call = f"{self.reader}({str(path)!r})"
-        return f"{call}, or {self.command} --model {shlex.quote(str(path))}" if self.command else call
+        return f'{call}, or {self.command} --model "{path}"' if self.command else call
 
     def by_hand(self, path: Path) -> str:
         """How to get the file without this module."""
@@ -174,7 +173,8 @@ def download(key: str, folder: str | Path | None = None) -> Path:
     huggingface_hub is not installed or no repository gives the file; also where `folder` has another file of its name.
     """
     model = find(key)
-    path = Path(folder or "").absolute() / model.file
+    place = Path(folder or "").resolve()
+    path = place / model.file
     if folder is not None and path.exists():
         if difference := model.difference(path):
             raise CheckpointError(f"{path} is not {model.name}: {difference}; move it away, or choose another folder")
@@ -188,7 +188,7 @@ def download(key: str, folder: str | Path | None = None) -> Path:
     failures = {}
     for cache_only, repository in product((True, False), model.repositories):
         try:
-            return fetch(model, repository, folder, cache_only)
+            return fetch(model, repository, None if folder is None else place, cache_only)
         except Exception as error:  # those of the hub, the network and the disk have no class in common
             failures[repository] = reason(error)
             if isinstance(error, LocalEntryNotFoundError) and not cache_only:
@@ -197,7 +197,7 @@ def download(key: str, folder: str | Path | None = None) -> Path:
     raise CheckpointError(f"{model.name} can't be downloaded: {told}. By hand: {model.by_hand(path)}")
 
 
-def fetch(model: Published, repository: str, folder: str | Path | None, cache_only: bool) -> Path:
+def fetch(model: Published, repository: str, folder: Path | None, cache_only: bool) -> Path:
     """The file from one repository, or only from what the cache has of it. Another file is removed and refused."""
     from huggingface_hub import hf_hub_download
 

@@ -82,12 +82,15 @@ def hub(tmp_path, monkeypatch):
     """A hub without a file, and an empty cache."""
     with Hub() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
         server.shutdown()
 
@@ -122,8 +125,9 @@ def test_every_model_of_the_table_says_all_there_is_to_know():
         assert model.mirrors or not model.withdrawn
         assert ("OpenRAIL-M" in model.licence) == (model.key.startswith("sd1"))
         assert ("RAIL++-M" in model.licence) == (model.key.startswith("sd2"))
-        told = model.by_hand(Path("/models") / model.file)
-        assert f"/models/{model.file}" in told and all(mirror in told for mirror in model.mirrors)
+        path = Path("models") / model.file
+        told = model.by_hand(path)
+        assert f"put it at {path}, " in told and all(mirror in told for mirror in model.mirrors)
         assert model.reader in told and ("was withdrawn by" in told) == bool(model.withdrawn)
         module, function = model.reader.rsplit(".", 1)
         assert callable(getattr(sys.modules[module], function))
@@ -203,7 +207,7 @@ def assert_tells_by_hand(told, model, path):
     steps = (
         f"get {FILE} ({model.size / 1e9:.2f} GB) from {MIRROR} on the Hugging Face Hub "
         f"({PUBLISHER} was withdrawn by its publisher in 2020), put it at {path}, "
-        f'then minisd.load({str(path)!r}), or minisd "a prompt" --model {path}'
+        f'then minisd.load({str(path)!r}), or minisd "a prompt" --model "{path}"'
     )
     assert told.endswith(steps) and "\n" not in told
 
@@ -255,16 +259,18 @@ def test_the_command_names_the_licence_first_and_the_next_command_last(hub, mode
     path = download("tiny")
     assert code == 0 and out == f"{path}\n"
     assert err.startswith("Tiny, 0.00 GB, licence: a licence\n")
-    assert err.endswith(f'next: minisd.load({str(path)!r}), or minisd "a prompt" --model {path}\n')
+    assert err.endswith(f'next: minisd.load({str(path)!r}), or minisd "a prompt" --model "{path}"\n')
 
 
 def test_the_environment_names_server_and_cache(hub, tmp_path):
     """In a process of its own, as huggingface_hub reads its environment once; with the true table of models."""
     (sd15,) = (model for model in MODELS if model.key == "sd15")
     hub.contents |= {(repository, sd15.file): b"not the weights" for repository in sd15.repositories}
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "minisd", "download", "sd15"]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | settings, cwd=Path(__file__).parents[1]
+    )
     assert ran.returncode == 2 and ran.stdout == "" and "CreativeML OpenRAIL-M" in ran.stderr
     for repository in sd15.repositories:
         assert f"{repository} has another file: it has 15 bytes instead of 4,265,146,304" in ran.stderr
