@@ -36,7 +36,7 @@ def test_conda_sets_up_what_pip_does():
     assert environment["name"] == PROJECT["name"]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
     assert pip == ["-c constraints.txt", "-e .[notebooks,test,book]"]
-    assert set(re.search(r"\[(.*)\]", pip[1])[1].split(",")) == set(PROJECT["optional-dependencies"])
+    assert set(re.search(r"\[(.*)\]", pip[1])[1].split(",")) == set(PROJECT["optional-dependencies"]) - {"download"}  # test has it
     assert not {re.split("[ =<>]", line)[0] for line in conda} & set(EVERYTHING), "declared twice"
 
 
@@ -76,23 +76,25 @@ def third_party(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
-    ours = {"minisd", "build", *(helper.stem for helper in (ROOT / "tests").glob("*.py"))}
+    ours = {"minisd", "build", "bench", *(helper.stem for helper in (ROOT / "tests").rglob("*.py"))}
     return names - ours - sys.stdlib_module_names
 
 
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 COURSE_ONLY = {"plots.py", "widgets.py"}  # rooms of the package that only the notebooks enter
+EXTRAS = COURSE_ONLY | {"download.py"}
 
 
 @pytest.mark.parametrize(
     "paths, requirements",
     [
-        ([path for path in (ROOT / "minisd").rglob("*.py") if path.name not in COURSE_ONLY], declared()),
+        ([path for path in (ROOT / "minisd").rglob("*.py") if path.name not in EXTRAS], declared()),
         ([ROOT / "minisd" / name for name in COURSE_ONLY], declared("notebooks")),
+        ([ROOT / "minisd" / "download.py"], declared("download")),
         ((ROOT / "notebooks").glob("*.ipynb"), declared("notebooks")),
         ([*(ROOT / "tests").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")], declared("notebooks", "test")),
     ],
-    ids=["package", "plots and widgets", "chapters", "tests"],
+    ids=["package", "plots and widgets", "download", "chapters", "tests"],
 )
 def test_everything_imported_is_declared(paths, requirements):
     for path in paths:
