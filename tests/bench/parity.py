@@ -256,7 +256,7 @@ def pixel_difference(ours: Image.Image, theirs: Image.Image) -> int:
 
 def compare(model: ModelConfig, size: tuple[int, int], pictures: bool, done: set) -> Iterator[tuple[str, str]]:
     """What was compared and how far apart it is; a network compared before, which is in `done`, is left out."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no file in use
         write_random(model, Path(folder) / "model")
         sd, pipe = minisd.load(Path(folder) / "model"), load_theirs(Path(folder) / "model")
         part = {"U-Net": "unet", "text encoder": "text", "depth estimator": "depth"}

@@ -103,20 +103,18 @@ def measured(call: Callable[[], Any], device: torch.device) -> tuple[float, int 
 
 
 @torch.no_grad()
-def race(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, device: torch.device) -> Race:
+def race(call_ours: Callable[[], Any], call_theirs: Callable[[], Any], repeats: int, device: torch.device) -> Race:
     """Run both in turn, so that what slows the machine down slows both. A first turn, which compiles, isn't counted."""
-    turns = [(measured(ours, device), measured(theirs, device)) for _ in range(repeats + 1)][1:]
-
-    def median(of: Callable[[tuple[float, int | None], tuple[float, int | None]], float]) -> float:
-        return statistics.median(of(*turn) for turn in turns)
-
-    told = turns[0][0][1] is not None
+    turns = [(measured(call_ours, device), measured(call_theirs, device)) for _ in range(repeats + 1)][1:]
+    ours, theirs = zip(*turns, strict=True)
+    (our_seconds, our_peaks), (their_seconds, their_peaks) = zip(*ours, strict=True), zip(*theirs, strict=True)
+    median = statistics.median
     return Race(
-        ours=median(lambda ours, theirs: ours[0]),
-        theirs=median(lambda ours, theirs: theirs[0]),
-        ratio=median(lambda ours, theirs: ours[0] / theirs[0]),
-        our_peak=median(lambda ours, theirs: ours[1]) if told else None,
-        their_peak=median(lambda ours, theirs: theirs[1]) if told else None,
+        ours=median(our_seconds),
+        theirs=median(their_seconds),
+        ratio=median(a / b for a, b in zip(our_seconds, their_seconds, strict=True)),
+        our_peak=None if None in our_peaks else median(our_peaks),
+        their_peak=None if None in their_peaks else median(their_peaks),
     )
 
 
@@ -159,29 +157,26 @@ def compile_networks(sd: minisd.StableDiffusion, pipe: DiffusionPipeline) -> Non
         network.compile()
 
 
-def compare(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Race]:
+def compare(
+    model: ModelConfig, steps: int, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, Race]:
     """Race by race, each printed as it ends."""
-    model = tiny(SD1) if options.tiny else SD1
-    steps = 2 if options.tiny else 20
     races = {}
 
     def run(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
         races[name] = race(ours, theirs, options.repeats, device)
         print(races[name].row(name), flush=True)
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows deletes no file in use
         folder = Path(temporary) / "model"
         write_random(model, folder, dtype)
-
-        def load_ours() -> minisd.StableDiffusion:
-            return minisd.load(folder, device=device, dtype=dtype)
-
-        def load_both() -> tuple[minisd.StableDiffusion, DiffusionPipeline]:
-            return load_ours(), load_theirs(folder, dtype=dtype).to(device)
-
+        loads = (
+            lambda: minisd.load(folder, device=device, dtype=dtype),
+            lambda: load_theirs(folder, dtype=dtype).to(device),
+        )
         print(HEADER)
-        run("load", load_ours, lambda: load_theirs(folder, dtype=dtype).to(device))
-        sd, pipe = load_both()
+        run("load", *loads)
+        sd, pipe = (load() for load in loads)
         if options.compile:
             compile_networks(sd, pipe)
         networks = calls(sd, pipe, (options.size, options.size), options.batch)
@@ -220,13 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = {"machine": machine(device)} | {n: v for n, v in vars(options).items() if n != "output"}
     print(", ".join(f"{name} {value}" for name, value in told.items()))
 
-    races = compare(options, device, dtype)
-    model = tiny(SD1) if options.tiny else SD1
+    model, steps = (tiny(SD1), 2) if options.tiny else (SD1, 20)
+    races = compare(model, steps, options, device, dtype)
     cells = [options.size // model.vae.factor] * 2
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
     done = operations(model, cells, 2 * options.batch)
     share = {who: done / getattr(races["U-Net, with guidance"], who) / rate for who in ("ours", "theirs")}
-    picture, apart = bundled(device, dtype, 2 if options.tiny else 20)
+    picture, apart = bundled(device, dtype, steps)
     print(
         f"\nU-Net: {1 / races['U-Net, with guidance'].ours:.3g} steps a second; {done / 1e12:.3g} Tflop a call, "
         f"{share['ours']:.0%} of the {rate / 1e12:.3g} Tflop/s that a product of matrices reaches "
