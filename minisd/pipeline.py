@@ -204,7 +204,7 @@ class StableDiffusion:
             rest = self.encode(
                 images.from_pil(picture) * (1 - white), run.tile
             )  # grey, which is 0, where it is to be redrawn
-            cells = white[:, :, factor // 2 :: factor, factor // 2 :: factor]
+            cells = white[:, :, ::factor, ::factor]  # as in training, the nearest pixel: the first of a cell
             drawn = self._redraw(run, picture, concat=torch.cat([cells, rest], dim=1))
         else:
             cells = F.max_pool2d(white, factor)  # a cell of the latent is redrawn if any pixel of it is

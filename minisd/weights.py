@@ -545,6 +545,7 @@ def write_folder(parts: Mapping[str, Any], folder: str | Path, dtype: torch.dtyp
     files |= {f"tokenizer/{name}": told for name, told in keymaps.to_tokenizer(parts["tokenizer"]).items()}
     files["model_index"] = index = {
         "_class_name": PIPELINES.get(config.unet.in_channels, PIPELINES[4]),
+        "_diffusers_version": "0.35.0",  # some of its pipelines ask for it
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -36,7 +36,8 @@ def test_conda_sets_up_what_pip_does():
     assert environment["name"] == PROJECT["name"]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
     assert pip == ["-c constraints.txt", "-e .[notebooks,test,book]"]
-    assert set(re.search(r"\[(.*)\]", pip[1])[1].split(",")) == set(PROJECT["optional-dependencies"]) - {"download"}  # test has it
+    extras = set(PROJECT["optional-dependencies"]) - {"download"}  # "test" has what it has
+    assert set(re.search(r"\[(.*)\]", pip[1])[1].split(",")) == extras
     assert not {re.split("[ =<>]", line)[0] for line in conda} & set(EVERYTHING), "declared twice"
 
 

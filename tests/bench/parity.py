@@ -6,7 +6,6 @@ From the folder `tests`: `python -m bench.parity` for the published sizes, with 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
@@ -83,8 +82,6 @@ def write_random(model: ModelConfig, folder: Path, dtype: torch.dtype = torch.fl
     if model.depth:
         parts["depth"].head[4].bias.data.fill_(9)  # so that the last ReLU hides nothing
     write_folder({"config": model, "tokenizer": tokenizer, **parts}, folder, dtype)
-    index = folder / "model_index.json"  # diffusers loads no inpainting model whose folder names no version of it
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_diffusers_version": "0.35.0"}))
 
 
 class RecordingDDIM(DDIMScheduler):
