@@ -1,7 +1,7 @@
 """Measure the bundled models: `python assets/models/measure.py` writes measured.json beside itself.
 
 Fresh renders (never trained on) tell how well the oracle reads and how much the autoencoder loses; prompts drawn by the
-model tell how well it obeys, read by the oracle. An hour of two cores at the full numbers below.
+model tell how well it obeys, read by the oracle.
 """
 
 import argparse
