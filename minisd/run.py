@@ -76,7 +76,8 @@ class Run:
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.settings = {
             "model": config.name, "steps": steps, "guidance": self.guidance, "rescale": self.rescale,
-            "sampler": name(sampler), "schedule": schedule, "strength": self.strength, **self.reading,
+            "sampler": name(sampler), "schedule": schedule, "strength": self.strength, "tile": self.tile,
+            **self.reading,
         }  # fmt: skip
 
     def __len__(self) -> int:

@@ -280,6 +280,7 @@ def test_a_depth_model_sees_how_near_things_are():
 def test_tiles_reach_the_autoencoder_and_take_less_memory(monkeypatch):
     whole, tiled = (sd()("a cat", size=(128, 64), tile=tile, seed=1, **QUICK) for tile in (None, 8))
     assert tiled.size == whole.size and tiled.tobytes() != whole.tobytes()  # how near they are: test_vae_tiling
+    assert tiled.info["tile"] == 8 and whole.info["tile"] is None
     monkeypatch.setattr("minisd.pipeline.free_memory", lambda device: 2**23)
     with pytest.raises(ValueError, match="tile"):
         sd()("a cat", size=256, seed=1, **QUICK)
