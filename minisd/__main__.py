@@ -52,6 +52,7 @@ Count = Annotated[int, typer.Option("--n", "-n", help="How many pictures, with s
 Size = Annotated[str | None, typer.Option(help="A side, or width x height: 128, 128x192.")]
 Model = Annotated[str | None, typer.Option(help="A model's file or folder, or the name of a bundled one.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16, bfloat16; by default what suits the model.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
 Strength = Annotated[float, typer.Option(help="0 keeps the picture, 1 forgets it.")]
 Picture = Annotated[Path, typer.Argument(help="The picture to start from.", show_default=False)]
@@ -83,6 +84,7 @@ def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
         n: Count = 1,
         model: Model = None,
         device: Device = "cpu",
+        dtype: Dtype = None,
         force: Force = False,
         **own: Any,
     ) -> None:
@@ -93,7 +95,7 @@ def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
             **own, negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale,
             sampler=_sampler(sampler), schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile,
         )  # fmt: skip
-        pictures = draw(load(model, device=device))
+        pictures = draw(load(model, device=device, dtype=dtype))
         for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
             images.save(picture, path, picture.info, force=force)
             typer.echo(f"{path.resolve()}  (seed {picture.info['seed']})")
@@ -165,7 +167,7 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; or oracle.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; decoder; oracle.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
@@ -220,7 +222,7 @@ def info(
 ) -> None:
     """Show a picture's settings, or what weights hold."""
     if file.is_dir() or file.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        from .weights import describe
+        from .checkpoints import describe
 
         for line in describe(file, keys):
             typer.echo(_printable(line))

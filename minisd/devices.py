@@ -21,6 +21,25 @@ def check_device(device: str | torch.device) -> torch.device:
     return found
 
 
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """What networks can compute in, by its name or itself; else a ValueError that lists what there is."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return found
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The numbers a device computes large networks with fastest: two bytes each, where it has instructions for them."""
+    if device.type == "cuda":
+        return torch.float16
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes to be had on a device, where the system tells: what is free, and what can be freed for the asking."""
     if device.type == "cuda":

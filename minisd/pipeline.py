@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +17,19 @@ from tqdm import tqdm
 
 from . import checks, samplers
 from . import image as images
+from .checkpoints import is_published, read_parts, write_folder, write_single
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
 from .depth import DPT, depth_channel
-from .devices import check_device, free_memory, naming_the_knob
+from .devices import check_device, check_dtype, fast_dtype, free_memory, naming_the_knob
 from .prompt import encode as encode_prompts
 from .run import Run
 from .schedule import NoiseSchedule, from_config
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
-from .weights import read_parts, resolve, write_folder, write_single
+from .weights import resolve
 
 MAX_NOISE_LEVEL = 350  # of the upscaler's training
 WAYS = {  # by the number of input channels: what a model is for
@@ -153,14 +155,29 @@ class StableDiffusion:
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.
         """
-        self._must_take(4, 9)
-        factor = self.vae.config.factor
-        width, height = checks.size(self.config.size if size is None else size, factor)
-        run = Run(self.config, self.schedule, prompt, **settings)
-        self._check_memory(run, width, height)
-        return self._draw(run, (height // factor, width // factor))
+        run = self._run(prompt, **settings)
+        return self._draw(run, self._cells(size, run))
 
     __call__ = text_to_image
+
+    def latents(
+        self, prompt: str | Sequence[str], *, size: int | tuple[int, int] | None = None, **settings: Any
+    ) -> Iterator[tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]]:
+        """What `text_to_image` goes through, step by step: `(x, x0)` after each, to `decode` or to stop at.
+
+        `x` is the latent with the noise that is left in it, `x0 + sigma * noise`; `x0` is what the network takes to be
+        behind the noise, a picture from the first step on. The last `x` is what `text_to_image` decodes. Settings and
+        errors, raised at once, are those of `text_to_image`.
+        """
+        run = self._run(prompt, **settings)
+        return self._sample(run, self._cells(size, run))
+
+    def _run(self, prompt: str | Sequence[str], **settings: Any) -> Run:
+        """A call's settings, checked, and its prompts, read: all that is refused is refused before the long work."""
+        run = Run(self.config, self.schedule, prompt, **settings)
+        run.settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        run.read(self.encode_text)
+        return run
 
     def img2img(
         self, prompt: str | Sequence[str], picture: Image.Image, *, strength: float = 0.6, **settings: Any
@@ -172,7 +189,7 @@ class StableDiffusion:
         steps` steps run, at least one. `settings` as in `text_to_image`.
         """
         self._must_take(4, 9)
-        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
+        run = self._run(prompt, strength=strength, **settings)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
         return self._redraw(run, picture)
 
@@ -193,7 +210,7 @@ class StableDiffusion:
         `img2img`, `settings` as in `text_to_image`.
         """
         self._must_take(4, 9)
-        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
+        run = self._run(prompt, strength=strength, **settings)
         picture, mask = self._picture_and_mask(picture, mask)
         if mask.getextrema() == (0, 0):
             warnings.warn("the mask is all black: nothing is redrawn; paint white what should change", stacklevel=2)
@@ -228,7 +245,7 @@ class StableDiffusion:
         looks at `picture`. `strength` as in `img2img`, `settings` as in `text_to_image`.
         """
         self._must_take(5)
-        run = Run(self.config, self.schedule, prompt, strength=strength, **settings)
+        run = self._run(prompt, strength=strength, **settings)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
         cells = tuple(side // self.vae.config.factor for side in reversed(picture.size))
         if depth is None:
@@ -247,7 +264,7 @@ class StableDiffusion:
         """
         self._must_take(7)
         noise_level = checks.integer("noise_level", noise_level, 0, MAX_NOISE_LEVEL)
-        run = Run(self.config, self.schedule, prompt, **settings)
+        run = self._run(prompt, **settings)
         run.settings["noise_level"] = noise_level
         small = images.from_pil(images.to_rgb(picture))
         factor, cells = self.vae.config.factor, small.shape[-2:]
@@ -257,6 +274,14 @@ class StableDiffusion:
             small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, *cells)
         )
         return self._draw(run, cells, concat=noised, label=label)
+
+    def _cells(self, size: int | tuple[int, int] | None, run: Run) -> tuple[int, int]:
+        """Height and width, in latent cells, of pictures that are drawn from pure noise."""
+        self._must_take(4, 9)
+        factor = self.vae.config.factor
+        width, height = checks.size(self.config.size if size is None else size, factor)
+        self._check_memory(run, width, height)
+        return height // factor, width // factor
 
     def _redraw(
         self, run: Run, picture: Image.Image, mask: Tensor | None = None, concat: Tensor | None = None
@@ -268,9 +293,15 @@ class StableDiffusion:
         latent = self.encode(images.from_pil(picture), run.tile)
         return self._draw(run, latent.shape[-2:], latent, mask, concat)
 
-    @naming_the_knob()
     @torch.no_grad()
-    def _draw(
+    def _draw(self, run: Run, *start: Any, **shown: Any) -> Image.Image | list[Image.Image]:
+        """Sample as `_sample` does, and decode where it ends."""
+        [(x, _)] = deque(self._sample(run, *start, **shown), maxlen=1)
+        with naming_the_knob():
+            return run.finish(images.to_pil(torch.cat([self.decode(z, run.tile) for z in x.split(1)])))
+
+    @torch.no_grad()
+    def _sample(
         self,
         run: Run,
         cells: tuple[int, int],
@@ -278,26 +309,23 @@ class StableDiffusion:
         mask: Float[Tensor, "1 1 h w"] | None = None,
         concat: Float[Tensor, "#b k h w"] | None = None,
         label: Int[Tensor, "1"] | None = None,
-    ) -> Image.Image | list[Image.Image]:
-        """Sample at a latent size, from pure noise or from a noised latent, and decode.
+    ) -> Iterator[tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]]:
+        """Sample at a latent size, from pure noise or from a noised latent: `(x, x0)` after every step.
 
         Each picture's generator gives the start first, then one noise a step where the sampler asks for it.
         """
-        shape = (self.config.vae.latent_channels, *cells)
-        if concat is None and self.config.unet.in_channels == 9:
-            concat = self._all_masked(cells, run.tile)
-        if run.guidance == 1:
-            context, negative = self.encode_text(run.prompts, **run.reading), None
-        else:
-            context, negative = self.encode_text(run.prompts + run.negatives, **run.reading).chunk(2)
-        denoise = self.denoiser(context, negative, run.guidance, run.rescale, concat, label)
-        blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
-        x, noise = run.start(shape, latent), samplers.BrownianNoise(lambda: run.noise(*shape))
-        trail = run.sampler(blended, x, run.sigmas, noise)
-        for step, (x, _) in enumerate(tqdm(trail, total=len(run.sigmas) - 1, disable=not run.progress), start=1):
-            if not x.isfinite().all():
-                raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
-        return run.finish(images.to_pil(torch.cat([self.decode(z, run.tile) for z in x.split(1)])))
+        with naming_the_knob():
+            shape = (self.config.vae.latent_channels, *cells)
+            if concat is None and self.config.unet.in_channels == 9:
+                concat = self._all_masked(cells, run.tile)
+            denoise = self.denoiser(run.context, run.negative, run.guidance, run.rescale, concat, label)
+            blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
+            x, noise = run.start(shape, latent), samplers.BrownianNoise(lambda: run.noise(*shape))
+            trail = run.sampler(blended, x, run.sigmas, noise)
+            for step, (x, x0) in enumerate(tqdm(trail, total=len(run.sigmas) - 1, disable=not run.progress), start=1):
+                if not x.isfinite().all():
+                    raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
+                yield x, x0
 
     def _all_masked(self, cells: tuple[int, int], tile: int | None) -> Float[Tensor, "1 5 h w"]:
         """What an inpainting model is shown where there is nothing to keep: a mask all ones, and grey behind it."""
@@ -340,15 +368,20 @@ class StableDiffusion:
 
 
 def load(
-    model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> StableDiffusion:
     """The bundled model, or another, ready to draw.
 
     `model`: the name of a bundled one, or the path of published weights, v1 or v2: a single file (safetensors or
     .ckpt), or a diffusers folder; or a folder that `train` or `save` has made.
+    `dtype`: what the networks compute in, float32, float16 or bfloat16. By default float32 for the bundled models and
+    those of `train`, which are small, so that every machine draws the same; for published weights what the device is
+    fastest with: float16 on CUDA, bfloat16 on a CPU with instructions for it, else float32.
 
     Raises CheckpointError (a ValueError) where there is no such model or a file doesn't fit, and ValueError for a
-    device that isn't there.
+    device that isn't there or a dtype that can't be.
     """
-    device = check_device(device)
-    return StableDiffusion(**read_parts(resolve(model), dtype)).to(device)
+    device, path = check_device(device), resolve(model)
+    if dtype is None:
+        dtype = fast_dtype(device) if is_published(path) else torch.float32
+    return StableDiffusion(**read_parts(path, check_dtype(dtype))).to(device)

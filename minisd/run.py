@@ -62,7 +62,7 @@ class Run:
             checks.number("eta", sampler.keywords["eta"], 0, 1)
         self.guidance = checks.number("guidance", config.guidance if guidance is None else guidance, 0, MAX_GUIDANCE)
         if self.guidance == 1 and any(negatives):
-            warnings.warn("a negative prompt has no effect at guidance 1", stacklevel=3)
+            warnings.warn("a negative prompt has no effect at guidance 1", stacklevel=4)
         self.rescale = checks.number("rescale", rescale, 0, 1)
         self.strength = checks.number("strength", strength, 0, 1)
         self.tile = None if tile is None else checks.integer("tile", tile, *TILES)
@@ -83,6 +83,13 @@ class Run:
     def __len__(self) -> int:
         """How many pictures."""
         return len(self.prompts)
+
+    def read(self, encode_text: Callable) -> None:
+        """Turn the prompts into `context` and, where there is guidance, the negative ones into `negative`."""
+        if self.guidance == 1:
+            self.context, self.negative = encode_text(self.prompts, **self.reading), None
+        else:
+            self.context, self.negative = encode_text(self.prompts + self.negatives, **self.reading).chunk(2)
 
     def noise(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Each picture's next noise, from its own generator: so a seed draws the same picture in every batch."""

@@ -58,6 +58,15 @@ def middle(channels: int, groups: int) -> nn.Sequential:
     )
 
 
+def ordered(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """The same numbers in the order in memory that suits them, which all layers keep.
+
+    In half precision a pixel's channels stand side by side, which saves a CPU an eighth of the time. In float32 they
+    don't: there PyTorch's group norms are ten times less exact so (1e-4 from float64 at 512 x 512, not 1e-5).
+    """
+    return x if x.dtype.itemsize > 2 else x.contiguous(memory_format=torch.channels_last)
+
+
 class Encoder(nn.Module):
     """Picture to feature map with `2 * latent_channels` channels: means and log variances."""
 
@@ -77,7 +86,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z2 h8 w8"]:
-        h = self.middle(self.down(self.conv_in(x)))
+        h = self.middle(self.down(self.conv_in(ordered(x))))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -100,7 +109,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b z h8 w8"]) -> Float[Tensor, "b c h w"]:
-        h = self.up(self.middle(self.conv_in(z)))
+        h = self.up(self.middle(self.conv_in(ordered(z))))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -139,6 +139,12 @@ def test_pictures_masks_and_strengths_that_cannot_be_are_refused(idle, name, val
             idle.img2img(**settings)
 
 
+@pytest.mark.parametrize("dtype", ["float8", "half", torch.int8, "", 16])
+def test_a_dtype_that_networks_do_not_compute_in_lists_those_they_do(dtype):
+    with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+        minisd.load(dtype=dtype)
+
+
 @pytest.mark.parametrize("device", ["tpu7", "cuda:99", "", None, 3.5, "meta"])
 def test_a_device_that_is_not_there_lists_those_that_are(device):
     with pytest.raises(ValueError, match="there is: cpu"):
@@ -277,6 +283,7 @@ USAGE = [
     (["a cat", "--sampler", "magic"], "'magic'.*euler"),
     (["a cat", "--schedule", "magic"], "'magic'.*karras"),
     (["a cat", "--device", "tpu"], "'tpu'.*cpu"),
+    (["a cat", "--dtype", "int4"], "'int4'.*bfloat16"),
     (["a cat", "--model", "nowhere"], "'nowhere'"),
     (["a cat", "--colour", "red"], "--colour"),
     (["a cat", "-o", "cat.jpg"], r"cat\.jpg.*\.png"),

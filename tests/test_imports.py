@@ -14,13 +14,14 @@ PACKAGE = ROOT / "minisd"
 
 # A room imports from rooms before it, never from one behind it.
 ORDER = """
-    config checks devices files download samplers toy image
+    config checks devices unpickle files download samplers toy image
     schedule
     layers
     tokenizer prompt clip vae unet depth denoiser hooks
     keymaps
     adapters
     weights
+    checkpoints
     run
     pipeline
     critters train evaluate

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from minisd import config, keymaps
+from minisd.checkpoints import fit, recognise
 from minisd.clip import EncoderBlock, TextTower
 from minisd.config import TextConfig
+from minisd.files import CheckpointError
 from minisd.keymaps import EMA, PREFIXES, Layout, is_v2, places, unused, write
 from minisd.vae import VAE
-from minisd.weights import CheckpointError, empty_parts, fit, recognise
+from minisd.weights import empty_parts
 
 FIXTURE = Path(__file__).parent / "fixtures" / "manifests.json.gz"
 MANIFESTS = json.loads(gzip.decompress(FIXTURE.read_bytes()))

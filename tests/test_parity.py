@@ -34,7 +34,7 @@ def pair(tmp_path_factory):
         folder = tmp_path_factory.mktemp("parity") / family
         parity.write_random(parity.tiny(parity.FAMILIES[family]), folder)
         pipe = parity.load_theirs(folder)
-        return minisd.load(folder), pipe, parity.draw_theirs(pipe, SIZE)
+        return minisd.load(folder, dtype=torch.float32), pipe, parity.draw_theirs(pipe, SIZE)
 
     return made
 
@@ -115,9 +115,15 @@ def test_the_script_of_parity_prints_a_row_for_each_comparison(capsys):
 
 
 def test_the_script_of_speed_leaves_its_figures(capsys, tmp_path):
-    speed.main(["--tiny", "--repeats", "1", "--output", str(tmp_path)])
+    speed.main(["--tiny", "--repeats", "1", "--steps", "2", "--output", str(tmp_path)])
     figures = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
-    assert list(figures["races"]) == ["load", "U-Net, with guidance", "VAE decoder", "picture, 2 steps"]
+    assert list(figures["races"]) == [
+        "load",
+        "load, all weights read",
+        "U-Net, with guidance",
+        "VAE decoder",
+        "picture, 2 steps",
+    ]
     assert all(min(race["ours"], race["theirs"], race["ratio"]) > 0 for race in figures["races"].values())
     assert figures["bundled"] == {"largest": 0, "mean": 0}  # the CPU against itself
     assert Image.open(tmp_path / "speed.png").size == (128, 128)

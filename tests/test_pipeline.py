@@ -13,6 +13,7 @@ from tiny import tiny
 
 import minisd
 from minisd import image, samplers, schedule
+from minisd.devices import fast_dtype
 from minisd.pipeline import StableDiffusion
 from minisd.unet import UNet
 from minisd.weights import read_config, save_module, write_config
@@ -43,6 +44,40 @@ def test_a_batch_holds_the_pictures_that_single_runs_draw(sampler):
     for a, b, c in zip(batch, singles, listed, strict=True):
         assert np.abs(pixels(a) - pixels(b)).max() <= 1
         assert np.abs(pixels(a) - pixels(c)).max() <= 1
+
+
+def test_latents_come_step_by_step_and_the_last_is_the_picture():
+    trail = list(sd().latents("a cat", seed=5, **QUICK))
+    assert len(trail) == QUICK["steps"]
+    x, x0 = trail[-1]
+    assert x.shape == x0.shape == (1, 4, 8, 8)
+    assert image.to_pil(sd().decode(x))[0].tobytes() == sd()("a cat", seed=5, **QUICK).tobytes()
+    for step in (next(sd().latents("a cat", seed=5, **QUICK)), trail[0]):
+        assert torch.equal(step[1], trail[0][1])  # one may stop early
+    with pytest.raises(ValueError, match="steps"):
+        sd().latents("a cat", steps=0)  # refused before the first step is asked for
+
+
+def test_a_prompt_that_is_refused_is_refused_before_the_picture_is_encoded(monkeypatch):
+    monkeypatch.setattr(sd().vae, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    with pytest.raises(ValueError, match="weight"):
+        sd().img2img("a (cat:nan)", photograph(), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "dtype"),
+    [
+        ("cuda", {}, torch.float16),
+        ("mps", {"avx512_bf16": True}, torch.float32),
+        ("cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": False}, torch.float32),
+        ("cpu", {}, torch.float32),
+    ],
+)
+def test_the_fast_numbers_are_those_a_device_has_instructions_for(monkeypatch, device, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fast_dtype(torch.device(device)) == dtype
 
 
 def test_several_prompts_draw_n_pictures_each():
@@ -144,16 +179,17 @@ def test_a_saved_model_loads_and_draws_the_same_up_to_half_precision(tmp_path):
     for name in ("text", "unet", "vae"):
         save_module(getattr(model, name), tmp_path / f"{name}.safetensors")
     loaded = minisd.load(tmp_path)
-    assert loaded.config == model.config
+    assert (loaded.config, loaded.dtype) == (model.config, torch.float32)
     assert np.abs(pixels(loaded("a cat", seed=1, **QUICK)) - pixels(model("a cat", seed=1, **QUICK))).mean() < 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model"])
 def test_a_model_saved_for_other_tools_loads_and_draws_the_same(tmp_path, name):
     sd().save(tmp_path / name, torch.float32)
-    again = minisd.load(tmp_path / name)
+    again = minisd.load(tmp_path / name, dtype="float32")
     assert again("a cat", seed=1, **QUICK).tobytes() == sd()("a cat", seed=1, **QUICK).tobytes()
     assert minisd.load(tmp_path / name, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert minisd.load(tmp_path / name).dtype == fast_dtype(torch.device("cpu"))
     with pytest.raises(FileExistsError, match="model"):
         sd().save(tmp_path / name)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,12 +92,50 @@ class Pictures:
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         image = self.renders.pictures(indices)
         eyes = torch.from_numpy(self.renders.eyes[indices.numpy()]).float()
-        mirrored = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5
+        flip = mirrored[:, None, None, None]
         return {
-            "image": torch.where(mirrored, image.flip(3), image),
-            "weight": 1 + (EYE_WEIGHT - 1) * torch.where(mirrored, eyes.flip(3), eyes),
+            "mirrored": mirrored,
+            "image": torch.where(flip, image.flip(3), image),
+            "weight": 1 + (EYE_WEIGHT - 1) * torch.where(flip, eyes.flip(3), eyes),
             "noise": torch.randn(len(indices), *self.latent, generator=generator),
         }
+
+
+@torch.no_grad()
+def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], Float[Tensor, "n 2 z h w"]]:
+    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored."""
+    means, deviations = [], []
+    device = next(vae.parameters()).device
+    rank, ranks = share()
+    mine = torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)  # small batches stay in the cache
+    with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
+        for indices in tqdm(mine, desc="encoding", disable=rank > 0):
+            image = renders.pictures(indices).to(device)
+            both = [vae.posterior(side) for side in (image, image.flip(3))]
+            means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
+            deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
+    parts = [(torch.cat(means), torch.cat(deviations))] * ranks
+    if ranks > 1:
+        dist.all_gather_object(parts, parts[rank])
+    mean, deviation = (torch.cat(part) for part in zip(*parts, strict=True))
+    return mean, deviation
+
+
+class Decodings:
+    """What a decoder sees that learns by itself: the encoder's latents, each visit sampled anew, and the pictures."""
+
+    def __init__(self, renders: Renders, vae: VAE):
+        self.mean, self.deviation = posteriors(renders, vae)
+        self.pictures = Pictures(renders, self.mean.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = self.pictures.batch(indices, generator)
+        seen = indices, batch.pop("mirrored").long()
+        return batch | {"z": self.mean[seen] + self.deviation[seen] * batch.pop("noise")}
 
 
 class Captioned:
@@ -122,28 +161,16 @@ class Captioned:
 class Latents:
     """What the noise predictor sees: a noised latent, its time and its caption; the target is v.
 
-    Each picture and its mirror image are encoded once, as Gaussians that every visit samples anew. One caption in ten
-    is dropped (left empty), which is what makes classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
+    Every visit samples the picture's latent anew. One caption in ten is dropped (left empty), which is what makes
+    classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
     """
 
     DROPPED = 0.1
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
-        self.scaling, device = vae.config.scaling, next(vae.parameters()).device
-        means, deviations = [], []
-        rank, ranks = share()
-        mine = torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)  # small batches stay in the cache
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
-            for indices in tqdm(mine, desc="encoding", disable=rank > 0):
-                image = renders.pictures(indices).to(device)
-                both = [vae.posterior(side) for side in (image, image.flip(3))]
-                means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
-                deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
-        parts = [(torch.cat(means), torch.cat(deviations))] * ranks
-        if ranks > 1:
-            dist.all_gather_object(parts, parts[rank])
-        self.mean, self.deviation = (torch.cat(part) for part in zip(*parts, strict=True))  # n, 2 (mirrored), c, h, w
+        self.scaling = vae.config.scaling
+        self.mean, self.deviation = posteriors(renders, vae)
 
     def __len__(self) -> int:
         return len(self.renders)

@@ -20,21 +20,33 @@ def edges(x: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
     return x.diff(dim=2), x.diff(dim=3)
 
 
+def reconstruction_loss(output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Absolute and edge error of reconstructed pictures, weighted by pixel.
+
+    Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes).
+    """
+    weight, error = batch["weight"], output.float() - batch["image"]
+    pixel = (weight * (error.abs() + 0.5 * error**2)).mean()
+    edge = sum(d.abs().mean() for d in edges(error * weight))
+    return pixel + edge, {"pixel": pixel.detach(), "edge": edge.detach()}
+
+
 def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Absolute and edge error of the reconstruction, weighted by pixel, plus a little divergence.
+    """The reconstruction's loss plus a little divergence.
 
     It is the evidence bound of Kingma & Welling 2014, equation 3, with another error and another weight.
 
-    Batch: `image` [b 3 h w] in [-1, 1], `weight` [b 1 h w] (larger where errors are seen first: the eyes), `noise` as
-    the latent.
+    Batch: that of `reconstruction_loss`, and `noise` as the latent.
     """
-    image, weight = batch["image"], batch["weight"]
-    posterior = vae.posterior(image)
-    error = vae.reconstruct(posterior.sample(batch["noise"])).float() - image
-    pixel = (weight * (error.abs() + 0.5 * error**2)).mean()
-    edge = sum(d.abs().mean() for d in edges(error * weight))
+    posterior = vae.posterior(batch["image"])
+    loss, parts = reconstruction_loss(vae.reconstruct(posterior.sample(batch["noise"])), batch)
     kl = posterior.kl().mean() / batch["noise"][0].numel()
-    return pixel + edge + KL_WEIGHT * kl, {"pixel": pixel.detach(), "edge": edge.detach(), "kl": kl.detach()}
+    return loss + KL_WEIGHT * kl, parts | {"kl": kl.detach()}
+
+
+def decoder_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reconstruction's loss from latents that are there already. Batch: that of `reconstruction_loss`, and `z`."""
+    return reconstruction_loss(vae.reconstruct(batch["z"]), batch)
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,9 @@
 """The recipes of the bundled model, in the order they are run: `vae`, `unet`, `clip`; and the `oracle` to measure it.
 
+`decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
+
 Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own
-part. When the three have run, `minisd.load(folder / "model")` draws.
+part. When the first three have run, `minisd.load(folder / "model")` draws.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
-from .data import Captioned, Latents, Pictures, Renders
+from .data import Captioned, Decodings, Latents, Pictures, Renders
 from .loop import Record, TrainConfig, fit, share
-from .losses import Predictor, clip_loss, diffusion_loss, vae_loss
+from .losses import Predictor, clip_loss, decoder_loss, diffusion_loss, vae_loss
 
 RENDERS = 12_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
+DECODER_RUN = TrainConfig(steps=5_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=6_800, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
@@ -98,6 +101,20 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     shop.keep(dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling=scaling)), vae=module)
 
 
+def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
+    """The autoencoder's decoder goes on by itself from where it is; the encoder and the latents stay as they are.
+
+    (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
+    """
+    config = shop.config
+    module = read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device)
+    data = Decodings(shop.data(), module)
+    module.requires_grad_(True).encoder.requires_grad_(False)
+    module.quant.requires_grad_(False)
+    yield from shop.run("decoder", module, decoder_loss, data, run)
+    shop.keep(config, vae=module)
+
+
 def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     """The tokenizer, trained on captions alone; then the noise predictor together with the text tower."""
     config, generator = shop.config, torch.Generator().manual_seed(run.seed)
@@ -137,4 +154,10 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
         save_module(module, shop.folder / "oracle.safetensors")
 
 
-RECIPES = {"vae": (vae, VAE_RUN), "unet": (unet, UNET_RUN), "clip": (clip, CLIP_RUN), "oracle": (oracle, ORACLE_RUN)}
+RECIPES = {
+    "vae": (vae, VAE_RUN),
+    "unet": (unet, UNET_RUN),
+    "clip": (clip, CLIP_RUN),
+    "decoder": (decoder, DECODER_RUN),
+    "oracle": (oracle, ORACLE_RUN),
+}

@@ -24,9 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 import minisd
 from minisd import StableDiffusion, config, image, samplers
+from minisd.checkpoints import CLIP_VOCABULARY, clip_tokenizer, write_folder
 from minisd.config import DepthConfig, ModelConfig
 from minisd.tokenizer import Tokenizer
-from minisd.weights import CLIP_VOCABULARY, clip_tokenizer, empty_parts, write_folder
+from minisd.weights import empty_parts
 
 FAMILIES = {
     "v1": config.SD1,
@@ -112,7 +113,7 @@ def load_theirs(folder: Path, **options) -> DiffusionPipeline:
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in standard deviations of the numbers themselves."""
-    return ((ours.float() - theirs.float()).abs().max() / theirs.float().std()).item()
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().std()).item()
 
 
 # Each network by itself
@@ -124,8 +125,10 @@ def calls(
     """One call of each network, ours and theirs, on the same numbers; the U-Net's batch is doubled, as by guidance."""
     c, generator = sd.config, torch.Generator().manual_seed(SEED)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(sd.device, sd.dtype)
+    def normal(*shape: int) -> tuple[Tensor, Tensor]:
+        """The same numbers for us and for them, each in its own precision."""
+        x = torch.randn(shape, generator=generator)
+        return x.to(sd.device, sd.dtype), x.to(pipe.device, pipe.unet.dtype)
 
     width, height = size
     cells = height // c.vae.factor, width // c.vae.factor
@@ -137,21 +140,21 @@ def calls(
     ids = sd.tokenizer([PROMPT, NEGATIVE] * batch).to(sd.device)
     networks = {
         "U-Net": (
-            lambda: sd.unet(x_t, t, context, label),
-            lambda: pipe.unet(x_t, t, context, class_labels=label).sample,
+            lambda: sd.unet(x_t[0], t, context[0], label),
+            lambda: pipe.unet(x_t[1], t, context[1], class_labels=label).sample,
         ),
         "VAE encoder": (
-            lambda: moments(sd.vae.posterior(pixels)),
-            lambda: moments(pipe.vae.encode(pixels).latent_dist),
+            lambda: moments(sd.vae.posterior(pixels[0])),
+            lambda: moments(pipe.vae.encode(pixels[1]).latent_dist),
         ),
-        "VAE decoder": (lambda: sd.vae.reconstruct(z), lambda: pipe.vae.decode(z).sample),
+        "VAE decoder": (lambda: sd.vae.reconstruct(z[0]), lambda: pipe.vae.decode(z[1]).sample),
         "text encoder": (lambda: sd.text(ids), lambda: pipe.text_encoder(ids).last_hidden_state),
     }
     if c.depth:
         square = normal(batch, 3, c.depth.size, c.depth.size)
         networks["depth estimator"] = (
-            lambda: sd.depth(square),
-            lambda: pipe.depth_estimator(square).predicted_depth[:, None],
+            lambda: sd.depth(square[0]),
+            lambda: pipe.depth_estimator(square[1]).predicted_depth[:, None],
         )
     return networks
 
@@ -251,23 +254,38 @@ def pixel_difference(ours: Image.Image, theirs: Image.Image) -> int:
 # By hand
 
 
-def compare(model: ModelConfig, size: tuple[int, int], pictures: bool, done: set) -> Iterator[tuple[str, str]]:
-    """What was compared and how far apart it is; a network compared before, which is in `done`, is left out."""
+def compare(
+    model: ModelConfig, size: tuple[int, int], pictures: bool, rounding: bool, done: set
+) -> Iterator[tuple[str, str]]:
+    """What was compared and how far apart it is; a network compared before, which is in `done`, is left out.
+
+    With `rounding`, also how far each is from diffusers' in float64: what of the difference is float32's own.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no file in use
         write_random(model, Path(folder) / "model")
-        sd, pipe = minisd.load(Path(folder) / "model"), load_theirs(Path(folder) / "model")
+        sd = minisd.load(Path(folder) / "model", dtype=torch.float32)
+        pipe = load_theirs(Path(folder) / "model")
         part = {"U-Net": "unet", "text encoder": "text", "depth estimator": "depth"}
+        outputs = {}
         for name, (ours, theirs) in calls(sd, pipe, size).items():
             key = name, getattr(model, part.get(name, "vae"))
             if key not in done:
                 done.add(key)
                 with torch.no_grad():
-                    yield name, f"{difference(ours(), theirs()):.1e}"
+                    outputs[name] = ours(), theirs()
+                yield name, f"{difference(*outputs[name]):.1e}"
         if pictures:
             ours, theirs = draw_ours(sd, size), draw_theirs(pipe, size)
             errors = map(difference, ours.states, theirs.states)
             yield "latents, step by step", ", ".join(f"{error:.1e}" for error in errors)
             yield "picture", f"{pixel_difference(ours.picture, theirs.picture)}/255"
+        if rounding:
+            exact = calls(sd, pipe.to(torch.float64), size)
+            for name, both in outputs.items():
+                with torch.no_grad():
+                    truth = exact[name][1]()
+                apart = [f"{difference(output, truth):.1e}" for output in both]
+                yield f"{name}, from float64", f"ours {apart[0]}, diffusers' {apart[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -276,13 +294,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (512; tiny: 64)")
     parser.add_argument("--tiny", action="store_true", help="small networks, in seconds")
     parser.add_argument("--networks", action="store_true", help="one call of each network, no whole pictures")
+    parser.add_argument("--rounding", action="store_true", help="also how far both are from float64: twice the memory")
     options = parser.parse_args(arguments)
     side = options.size or (64 if options.tiny else 512)
     print("| model | what | largest difference, in standard deviations |\n|---|---|---|")
     done = set()
     for name in options.families:
         model = tiny(FAMILIES[name]) if options.tiny else FAMILIES[name]
-        for what, error in compare(model, (side, side), not options.networks, done):
+        for what, error in compare(model, (side, side), not options.networks, options.rounding, done):
             print(f"| {name} | {what} | {error} |", flush=True)
 
 

@@ -22,13 +22,14 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops, ImageStat
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import minisd
 from minisd import samplers
 from minisd.config import SD1, ModelConfig
-from minisd.devices import check_device
+from minisd.devices import check_device, fast_dtype
 from minisd.weights import empty_parts
 
 from .parity import GUIDANCE, PROMPT, SEED, calls, load_theirs, pixel_difference, tiny, write_random
@@ -152,15 +153,23 @@ def machine(device: torch.device) -> str:
     return f"{chip}; PyTorch {torch.__version__}, diffusers {diffusers.__version__}, {platform.system()}"
 
 
+def read_all(model: minisd.StableDiffusion | DiffusionPipeline) -> None:
+    """Look at every weight once: diffusers leaves them in the file until they are used."""
+    for network in vars(model).values():
+        if isinstance(network, nn.Module):
+            for weight in network.parameters():
+                weight.sum()
+
+
 def compile_networks(sd: minisd.StableDiffusion, pipe: DiffusionPipeline) -> None:
     for network in (sd.unet, pipe.unet, sd.vae.decoder, pipe.vae.decoder):
         network.compile()
 
 
 def compare(
-    model: ModelConfig, steps: int, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+    model: ModelConfig, options: argparse.Namespace, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, Race]:
-    """Race by race, each printed as it ends."""
+    """Race by race, each printed as it ends; with no dtype each side takes its own default."""
     races = {}
 
     def run(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
@@ -169,13 +178,15 @@ def compare(
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows deletes no file in use
         folder = Path(temporary) / "model"
-        write_random(model, folder, dtype)
+        write_random(model, folder, dtype or torch.float32)  # as the default files of the published repositories
+        chosen = {"dtype": dtype} if dtype else {}
         loads = (
-            lambda: minisd.load(folder, device=device, dtype=dtype),
-            lambda: load_theirs(folder, dtype=dtype).to(device),
+            lambda: minisd.load(folder, device=device, **chosen),
+            lambda: load_theirs(folder, **chosen).to(device),
         )
         print(HEADER)
         run("load", *loads)
+        run("load, all weights read", lambda: read_all(loads[0]()), lambda: read_all(loads[1]()))
         sd, pipe = (load() for load in loads)
         if options.compile:
             compile_networks(sd, pipe)
@@ -184,14 +195,14 @@ def compare(
         run("VAE decoder", *networks["VAE decoder"])
         settings = {"size": options.size, "n": options.batch, "sampler": samplers.ddim, "schedule": "leading"}
         run(
-            f"picture, {steps} steps",
-            lambda: sd(PROMPT, seed=SEED, steps=steps, guidance=GUIDANCE, progress=False, **settings),
+            f"picture, {options.steps} steps",
+            lambda: sd(PROMPT, seed=SEED, steps=options.steps, guidance=GUIDANCE, progress=False, **settings),
             lambda: pipe(
                 PROMPT,
                 height=options.size,
                 width=options.size,
                 num_images_per_prompt=options.batch,
-                num_inference_steps=steps,
+                num_inference_steps=options.steps,
                 guidance_scale=GUIDANCE,
                 generator=torch.Generator().manual_seed(SEED),
             ),
@@ -202,26 +213,33 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.speed", description="Time and memory of v1, ours and diffusers'.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["default", "float32", "float16", "bfloat16"],
+        default="float32",
+        help="numbers of both, or each side's default (float32)",
+    )
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (512; tiny: 64)")
     parser.add_argument("--repeats", type=int, default=5, help="turns that are counted (5)")
+    parser.add_argument("--steps", type=int, default=20, help="of the whole picture (20)")
     parser.add_argument("--compile", action="store_true", help="both U-Nets and decoders by torch.compile")
     parser.add_argument("--tiny", action="store_true", help="small networks, in seconds")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for speed.json and speed.png (here)")
     options = parser.parse_args(arguments)
     options.size = options.size or (64 if options.tiny else 512)
-    device, dtype = check_device(options.device), getattr(torch, options.dtype)
+    device = check_device(options.device)
+    dtype = None if options.dtype == "default" else getattr(torch, options.dtype)
     told = {"machine": machine(device)} | {n: v for n, v in vars(options).items() if n != "output"}
     print(", ".join(f"{name} {value}" for name, value in told.items()))
 
-    model, steps = (tiny(SD1), 2) if options.tiny else (SD1, 20)
-    races = compare(model, steps, options, device, dtype)
+    model = tiny(SD1) if options.tiny else SD1
+    races = compare(model, options, device, dtype)
     cells = [options.size // model.vae.factor] * 2
-    rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
+    rate = matrix_rate(device, dtype or fast_dtype(device), 8192 if device.type == "cuda" else 1024)
     done = operations(model, cells, 2 * options.batch)
     share = {who: done / getattr(races["U-Net, with guidance"], who) / rate for who in ("ours", "theirs")}
-    picture, apart = bundled(device, dtype, steps)
+    picture, apart = bundled(device, dtype or fast_dtype(device), options.steps)
     print(
         f"\nU-Net: {1 / races['U-Net, with guidance'].ours:.3g} steps a second; {done / 1e12:.3g} Tflop a call, "
         f"{share['ours']:.0%} of the {rate / 1e12:.3g} Tflop/s that a product of matrices reaches "

@@ -13,13 +13,14 @@ from peers import randomise
 
 import minisd
 from minisd import __main__ as command_line
-from minisd import samplers, schedule, weights
+from minisd import checkpoints, samplers, schedule, weights
+from minisd.checkpoints import open_checkpoint, read_parts, read_vae, write_folder, write_single
 from minisd.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError, read_tensors, save_tensors
 from minisd.keymaps import EMA, PREFIXES
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
-from minisd.weights import empty_parts, open_checkpoint, read_parts, read_vae, write_folder, write_single
+from minisd.weights import empty_parts
 
 UNET = UNetConfig(widths=(16, 32), blocks=1, attention=(True, False), heads=2, context_dim=16, groups=4)
 UNET2 = replace(UNET, heads=None, head_dim=8, context_dim=24)
@@ -57,9 +58,9 @@ each_family = pytest.mark.parametrize("model", FAMILIES.values(), ids=[m.name fo
 @pytest.fixture(autouse=True)
 def small_families(monkeypatch):
     """The published families, made small; their tokenizer is CLIP's without a merge."""
-    monkeypatch.setattr(weights, "FAMILIES", FAMILIES)
-    monkeypatch.setattr(weights, "SD2", V2)
-    monkeypatch.setattr(weights, "SD2_V", replace(V2, name="small v2 v", prediction="v"))
+    monkeypatch.setattr(checkpoints, "FAMILIES", FAMILIES)
+    monkeypatch.setattr(checkpoints, "SD2", V2)
+    monkeypatch.setattr(checkpoints, "SD2_V", replace(V2, name="small v2 v", prediction="v"))
 
 
 def made(model):
@@ -202,8 +203,8 @@ def test_the_probe_tells_eps_from_v():
         for bias, v in ((0.5, False), (-0.4, False), (-0.6, True)):  # out - x is bias - 0.5
             unet.conv_out.weight.zero_()
             unet.conv_out.bias.fill_(bias)
-            assert weights.predicts_v(unet) == v
-            assert weights.predicts_v(unet.half()) == v
+            assert checkpoints.predicts_v(unet) == v
+            assert checkpoints.predicts_v(unet.half()) == v
             unet.float()
 
 
@@ -214,7 +215,7 @@ def test_a_v_model_is_told_by_its_probe(tmp_path):
     torch.save(named(parts, tmp_path), tmp_path / "x.ckpt")
     assert open_checkpoint(tmp_path / "x.ckpt").untold
     with pytest.warns(UserWarning, match="a probe says v"):
-        assert read_parts(tmp_path / "x.ckpt")["config"] == weights.SD2_V
+        assert read_parts(tmp_path / "x.ckpt")["config"] == checkpoints.SD2_V
 
 
 OTHERS = {
