@@ -204,12 +204,13 @@ def evaluate(
     import torch
 
     from .critters import Scene
-    from .evaluate import load_oracle, measure
+    from .evaluate import draw_scenes, load_oracle, measure
     from .pipeline import load
 
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, 0, checks.MAX_SEED))
     scenes = [Scene.sample(generator, split) for _ in range(checks.integer("n", n, 1, 100_000))]
-    counts = measure(load(model, device=device), load_oracle(), scenes, steps=steps, guidance=guidance)
+    drawn = draw_scenes(load(model, device=device), scenes, steps=steps, guidance=guidance)
+    counts = measure(load_oracle(), scenes, drawn)
     for name, count in counts.items():
         low, high = count.interval()
         typer.echo(f"{name:11} {count.right:4} of {count.total:4}  {count.share:6.1%}  (99%: {low:.1%} to {high:.1%})")

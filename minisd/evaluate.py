@@ -63,19 +63,23 @@ def load_oracle() -> Oracle:
     return read_module(Oracle(), assets() / "models" / "oracle.safetensors")
 
 
-def measure(
-    sd: StableDiffusion, oracle: Oracle, scenes: Sequence[Scene], batch: int = 20, **settings: Any
-) -> dict[str, Count]:
-    """Draw each scene's full prompt once, with seeds 0, 1, 2 ..., and count what the oracle reads back.
-
-    `settings` go to `sd.text_to_image`. The counts hold the oracle's own mistakes too: compare with its accuracy.
-    """
-    readings = []
+def draw_scenes(
+    sd: StableDiffusion, scenes: Sequence[Scene], batch: int = 20, **settings: Any
+) -> Float[Tensor, "b 3 h w"]:
+    """Each scene's full prompt drawn once, with seeds 0, 1, 2 ...; `settings` go to `sd.text_to_image`."""
+    drawn = []
     for first in tqdm(range(0, len(scenes), batch), desc="drawing"):
         some = [prompt(scene) for scene in scenes[first : first + batch]]
-        pictures = sd(some, seed=first, progress=False, **settings)
-        readings += oracle.read(from_pil(pictures))
-    return adherence(scenes, readings)
+        drawn.append(from_pil(sd(some, seed=first, progress=False, **settings)))
+    return torch.cat(drawn)
+
+
+def measure(oracle: Oracle, scenes: Sequence[Scene], drawn: Float[Tensor, "b 3 h w"]) -> dict[str, Count]:
+    """What the oracle reads back from pictures of scenes, counted.
+
+    The counts hold the oracle's own mistakes too: compare with its accuracy.
+    """
+    return adherence(scenes, [words for some in drawn.split(50) for words in oracle.read(some)])
 
 
 def psnr(

@@ -80,6 +80,11 @@ class Oracle(nn.Module):
         return self.eye_colour(self.eye(crops).unflatten(0, (-1, 2)).amax(1))
 
     @torch.no_grad()
+    def features(self, images: Float[Tensor, "b 3 128 128"]) -> Float[Tensor, "b f"]:
+        """What the deepest map holds on average: to compare sets of pictures by, as Inception's features are."""
+        return self.late(self.early(self.stem(F.pixel_unshuffle(images, 2)))).mean((2, 3))
+
+    @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b words"]]:
         """How sure the oracle is of every word: for each attribute probabilities in the order of `WORDS`."""
         return {name: logits.softmax(-1) for name, logits in self(images)[0].items()}

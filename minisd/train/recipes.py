@@ -33,7 +33,7 @@ RENDERS = 12_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
-DECODER_RUN = TrainConfig(steps=5_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
+DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=6_800, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
