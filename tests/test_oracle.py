@@ -108,3 +108,13 @@ def test_bundled_oracle_reads_other_sizes(oracle, scenes):
     assert words["species"] == scenes[0].species and words["background"] == scenes[0].background
     total = {name: float(p.sum()) for name, p in oracle.probabilities(picture).items()}
     assert total == pytest.approx(dict.fromkeys(WORDS, 1.0), abs=1e-5)
+
+
+def test_features_of_a_picture_do_not_depend_on_those_beside_it_and_tell_styles_apart(oracle, images, scenes):
+    features = oracle.features(images)
+    assert features.shape == (len(images), 128)
+    assert torch.allclose(features[:3], oracle.features(images[:3]), atol=1e-5)
+    distance = torch.cdist(features, features) + 1e9 * torch.eye(len(images))
+    nearest = distance.argmin(1).tolist()
+    same = [scenes[i].style == scene.style for i, scene in zip(nearest, scenes, strict=True)]
+    assert sum(same) / len(same) > 0.8

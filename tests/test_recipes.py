@@ -7,23 +7,29 @@ import torch
 from tiny import CONFIG, tiny
 
 import minisd
+from minisd.files import read_tensors
 from minisd.train import recipes
-from minisd.train.data import NEAR_MISSES, Captioned, Latents, Renders
+from minisd.train.data import NEAR_MISSES, Captioned, Decodings, Latents, Renders
 from minisd.weights import write_config
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
 
 
-def test_three_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
+def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "CAPTIONS", 200)
     (tmp_path / "model").mkdir()
     start = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocabulary=560, projection=128))
     write_config(tmp_path / "model", start)
     shop = recipes.Workshop(tmp_path, torch.device("cpu"), renders=24)
     for name, (recipe, run) in recipes.RECIPES.items():
+        before = read_tensors(shop.model / "vae.safetensors") if name == "decoder" else None
         records = list(recipe(shop, dataclasses.replace(run, **SHORT)))
         assert [r.step for r in records] == [1, 2], name
         assert all(torch.isfinite(torch.tensor(r.loss)) for r in records)
+        if before:
+            same = {k for k, tensor in read_tensors(shop.model / "vae.safetensors").items() if tensor.equal(before[k])}
+            moved = {k.split(".")[0] for k in before.keys() - same}
+            assert "decoder" in moved and moved <= {"decoder", "post_quant"}  # the latents mean what they meant
 
     sd = minisd.load(tmp_path / "model")
     picture = sd("a cat", seed=1, steps=2, progress=False)
@@ -69,6 +75,12 @@ def test_mirrored_samples_come_with_the_mirrored_caption(renders, monkeypatch):
     assert (plain ^ mirrored).all() and 6 < plain.sum() < 26
     texts = [sd.tokenizer.decode(row[0]) for row in batch["ids"]]
     assert all(("left" in text) == same and ("right" in text) != same for text, same in zip(texts, plain, strict=True))
+
+    batch = Decodings(renders, sd.vae).batch(indices, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        posterior = sd.vae.posterior(batch["image"])
+    off = (batch["z"] - posterior.mean) / (posterior.logvar / 2).exp()
+    assert abs(off.mean()) < 0.05 and abs(off.std() - 1) < 0.05  # each latent is drawn from its own picture's Gaussian
 
     data = Latents(renders, sd.vae, sd.tokenizer, sd.schedule)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
