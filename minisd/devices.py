@@ -36,7 +36,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """The numbers a device computes large networks with fastest: two bytes each, where it has instructions for them."""
     if device.type == "cuda":
         return torch.float16
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    told = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch can't say
+    capabilities = told() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 

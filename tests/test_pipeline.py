@@ -80,6 +80,11 @@ def test_the_fast_numbers_are_those_a_device_has_instructions_for(monkeypatch, d
     assert fast_dtype(torch.device(device)) == dtype
 
 
+def test_without_word_of_the_instructions_a_cpu_computes_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert fast_dtype(torch.device("cpu")) == torch.float32
+
+
 def test_several_prompts_draw_n_pictures_each():
     drawn = sd()(["a cat", "a dog"], n=2, seed=1, negative=["", "a cat"], **QUICK)
     assert [p.info["prompt"] for p in drawn] == ["a cat", "a cat", "a dog", "a dog"]
