@@ -105,9 +105,9 @@ def bundled():
 def test_tiled_is_near_the_whole_on_renders(bundled):
     """Measured: 36.6 dB and 0.07; were each tile normed by itself, 28.0 dB and 0.15."""
     vae, _, whole, pieced = bundled
-    assert psnr(pieced, whole).min() > 34
+    assert psnr(pieced, whole).min() > 36
     latent = vae.encode(whole)
-    assert (vae.encode(whole, tile=TILE) - latent).std() < 0.1 * latent.std()
+    assert (vae.encode(whole, tile=TILE) - latent).std() < 0.08 * latent.std()
 
 
 def test_no_seam_shows(bundled):
