@@ -167,14 +167,15 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; decoder; oracle.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; decoder; ...", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
     """Train a part of the bundled model; a stopped run goes on where it was. Under torchrun, on many devices."""
     from .train.loop import share, start_processes
-    from .train.recipes import RECIPES, RENDERS, Workshop
+    from .train.recipes import RECIPES
+    from .train.workshop import RENDERS, Workshop
 
     if recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is unknown; choose one of: {', '.join(RECIPES)}")

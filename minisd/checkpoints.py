@@ -42,8 +42,7 @@ from .weights import (
     from_dict,
     load_tokenizer,
     read_config,
-    read_module,
-    read_tokenizer,
+    read_folder,
     write_config,
 )
 
@@ -175,10 +174,7 @@ def read_parts(path: Path, dtype: torch.dtype = torch.float32, finite: bool = Tr
     path = Path(path)
     if is_published(path):
         return open_checkpoint(path).load(dtype, finite)
-    config = read_config(path)
-    empty = empty_parts(config, path / "config.json")
-    parts = {name: read_module(part, path / f"{name}.safetensors", dtype, finite) for name, part in empty.items()}
-    return {"config": config, "tokenizer": read_tokenizer(path, config), **parts}
+    return read_folder(path, dtype, finite)
 
 
 def describe(path: Path, keys: bool = False) -> Iterator[str]:

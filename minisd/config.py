@@ -109,6 +109,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     depth: DepthConfig | None = None  # only where the U-Net is shown depths
+    base: str | None = None  # of a variant: the folder beside its own whose parts it shares, some of them changed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""
@@ -159,3 +160,7 @@ CRITTERS_128 = ModelConfig(
     text=TextConfig(vocabulary=1024, width=128, layers=4, heads=4, projection=128),
 )
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()
+CRITTERS_PIXELS = UNetConfig(  # draws pictures of 32 x 32 themselves, without words
+    in_channels=3, out_channels=3, widths=(32, 64, 96), blocks=1, attention=(False, True, True), heads=4,
+    context_dim=None, groups=8,
+)  # fmt: skip

@@ -1,20 +1,24 @@
 """A model's folder in our own layout: find it, read it strictly, write it.
 
-A `config.json`, the tokenizer's merges and a file a part. `checkpoints` reads and writes the published layouts.
+A `config.json`, the tokenizer's merges and a file a part. A variant's folder holds what is its own alone, and names
+the folder that has the rest; `unet.lora.safetensors` are low-rank changes of that one's U-Net. `checkpoints` reads and
+writes the published layouts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .adapters.lora import merged
 from .clip import TextTower
 from .config import ModelConfig, TextConfig
 from .depth import DPT
@@ -70,9 +74,12 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 def read_config(folder: Path) -> ModelConfig:
     """The sizes of a model in a folder."""
     try:
-        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not a model's config: {error}") from error
+    if config.base is not None and (not isinstance(config.base, str) or Path(config.base).name != config.base):
+        raise CheckpointError(f"{folder / 'config.json'}: base is {config.base!r}; it must be the name of a folder")
+    return config
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -81,9 +88,34 @@ def write_config(folder: Path, config: ModelConfig) -> None:
         temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
-def read_module(module: nn.Module, path: Path, dtype: torch.dtype = torch.float32, finite: bool = True) -> nn.Module:
-    """Fill a module, which may be on `meta`, from a file in our own layout, strictly, ready to run."""
-    tensors = read_tensors(path, finite)
+def place(folder: Path, config: ModelConfig, name: str) -> Path:
+    """Where a file of a model is: in its own folder, else in that of its base."""
+    own = folder / name
+    return own if own.exists() or config.base is None else folder.parent / config.base / name
+
+
+def read_folder(folder: Path, dtype: torch.dtype = torch.float32, finite: bool = True) -> dict[str, Any]:
+    """Config, tokenizer and networks of a model, by the names `StableDiffusion` takes them by."""
+    config, parts = read_config(folder), {}
+    for name, module in empty_parts(config, folder / "config.json").items():
+        lora = folder / f"{name}.lora.safetensors"
+        changes = read_tensors(lora, finite) if lora.exists() else {}
+        parts[name] = read_module(module, place(folder, config, f"{name}.safetensors"), dtype, finite, changes)
+    return {"config": config, "tokenizer": read_tokenizer(folder, config), **parts}
+
+
+def read_module(
+    module: nn.Module,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    finite: bool = True,
+    changes: Mapping[str, Tensor] = MappingProxyType({}),
+) -> nn.Module:
+    """Fill a module, which may be on `meta`, from a file in our own layout, strictly, ready to run.
+
+    `changes` are low-rank ones to put into its weights.
+    """
+    tensors = merged(read_tensors(path, finite), changes)
     cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     load_strictly(module, cast, str(path), assign=True)
     return module.eval().requires_grad_(False)
@@ -91,7 +123,7 @@ def read_module(module: nn.Module, path: Path, dtype: torch.dtype = torch.float3
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a model in a folder of our own layout."""
-    return load_tokenizer(folder / "tokenizer.txt", config.text)
+    return load_tokenizer(place(folder, config, "tokenizer.txt"), config.text)
 
 
 def load_tokenizer(path: Path, text: TextConfig) -> Tokenizer:

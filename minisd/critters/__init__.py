@@ -3,7 +3,7 @@
 from .captions import caption, prompt
 from .fuse import compile
 from .material import PARTS
-from .render import Render, batches, render
+from .render import Render, batches, depths, render
 from .scene import WORDS, Scene
 
-__all__ = ["PARTS", "WORDS", "Render", "Scene", "batches", "caption", "compile", "prompt", "render"]
+__all__ = ["PARTS", "WORDS", "Render", "Scene", "batches", "caption", "compile", "depths", "prompt", "render"]

@@ -15,6 +15,7 @@ from .anatomy import Anatomy, anatomy
 from .field import mix, vector
 from .scene import Scene
 
+SOLID = 0.5  # a pixel is the critter's if this much of it is covered
 SMALLEST = 128  # smaller pictures are drawn at this size or more and shrunk: eyes and styles need the pixels
 
 
@@ -41,12 +42,23 @@ def render(scenes: list[Scene], size: int = 128, device: str | torch.device = "c
     A scene's picture depends on the scene and the size alone, not on its company: the same scene gives the same bytes.
     Raises ValueError for an empty list and for sizes that are not a positive multiple of 8.
     """
-    if not scenes:
-        raise ValueError("no scenes to render: give a list of at least one Scene")
-    if not isinstance(size, int) or size <= 0 or size % 8:
-        raise ValueError(f"size={size!r} must be a positive multiple of 8, such as 64, 128 or 256")
-    parts = [_render(scenes[i : i + chunk], size, device) for i in range(0, len(scenes), chunk)]
+    parts = [_render(some, size, device) for some in _chunks(scenes, size, chunk)]
     return Render(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Render)})
+
+
+@torch.no_grad()
+def depths(
+    scenes: list[Scene], size: int = 128, device: str | torch.device = "cpu", chunk: int = 8
+) -> Float[Tensor, "b 1 h w"]:
+    """The `depth` of `render`, and nothing else: no colours, no light. Raises what `render` raises."""
+    parts = []
+    for some in _chunks(scenes, size, chunk):
+        shrink = -(-SMALLEST // size)
+        a, full = anatomy(some, device), size * shrink
+        uv = camera.screen(full, a.phase.device)
+        distance = _distance(backdrop.stage(a, uv, *camera.rays(a, uv), full), trace.trace(a, full))
+        parts.append(distance.unflatten(1, (1, full, full))[..., shrink // 2 :: shrink, shrink // 2 :: shrink])
+    return torch.cat(parts)
 
 
 def batches(
@@ -60,6 +72,15 @@ def batches(
     while True:
         scenes = [Scene.sample(generator, split) for _ in range(batch)]
         yield scenes, render(scenes, size, device)
+
+
+def _chunks(scenes: list[Scene], size: int, chunk: int) -> Iterator[list[Scene]]:
+    if not scenes:
+        raise ValueError("no scenes to render: give a list of at least one Scene")
+    if not isinstance(size, int) or size <= 0 or size % 8:
+        raise ValueError(f"size={size!r} must be a positive multiple of 8, such as 64, 128 or 256")
+    for i in range(0, len(scenes), chunk):
+        yield scenes[i : i + chunk]
 
 
 def _render(scenes: list[Scene], size: int, device: str | torch.device) -> Render:
@@ -83,6 +104,18 @@ def _render(scenes: list[Scene], size: int, device: str | torch.device) -> Rende
     )
 
 
+def _spread(values: Float[Tensor, "*n b k"], index: Int[Tensor, "b k"], pixels: int) -> Float[Tensor, "*n b p"]:
+    """Values of the hits put at their pixels, and zeros at the others."""
+    return values.new_zeros(*values.shape[:-1], pixels).scatter(-1, index.expand(values.shape), values)
+
+
+def _distance(stage: backdrop.Stage, hits: trace.Hits) -> Float[Tensor, "b p"]:
+    """How far away each pixel is: the critter's, else its background's."""
+    far = backdrop.depth(stage)
+    solid = _spread(hits.coverage, hits.index, far.shape[1]) > SOLID
+    return torch.where(solid, _spread(hits.t, hits.index, far.shape[1]), far)
+
+
 def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, Tensor]:
     """All layers of a batch of scenes, and the normals [b, 3, size, size]."""
     uv = camera.screen(size, a.phase.device)
@@ -100,15 +133,12 @@ def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, 
     tint = vector(place, 0.092, 0.097, 0.106)
     shaded = place * (shadow + (1 - shadow) * tint)
 
-    def spread(values: Tensor, background: float | Tensor = 0.0) -> Tensor:
-        """Values of the hits [..., b, k] put at their pixels over a background, [..., b, n]."""
-        whole = torch.zeros(*values.shape[:-1], size * size, device=values.device) + background
-        return whole.scatter(-1, hits.index.expand(values.shape), values)
+    def spread(values: Tensor) -> Tensor:
+        return _spread(values, hits.index, size * size)
 
     mask = spread(hits.coverage)
-    solid = mask > 0.5
-    far = backdrop.depth(stage)
-    distance = torch.where(solid, spread(hits.t), far)
+    solid = mask > SOLID
+    distance = _distance(stage, hits)
     whisker = camera.whiskers(a, uv, distance)
     picture = mix(shaded, spread(lights), mask)
     pale = torch.where(a.fur.mean(0) > 0.5, 0.25, 0.92)

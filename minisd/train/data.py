@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..critters import PARTS, Scene, caption, render
+from ..critters import PARTS, Scene, caption, depths, render
 from ..critters.captions import near_misses
+from ..depth import depth_channel
 from ..files import replacing
-from ..schedule import NoiseSchedule
+from ..schedule import LCM_STEPS, NoiseSchedule, linear
 from ..tokenizer import Tokenizer
 from ..vae import VAE
 from .loop import Batch, share
@@ -35,36 +39,51 @@ class Renders:
     """
 
     def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{size}-{seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
-        rank, ranks = share()
-        mine = range(rank, len(files), ranks)
-        for i in tqdm(mine, desc=f"rendering at {size}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
-            if not files[i].exists():
-                self._render(files[i], size, torch.Generator().manual_seed(seed * 1_000_003 + i), device)
-        if ranks > 1:
-            dist.barrier()
+        self.folder, self.size, self.seed, self.device = folder, size, seed, device
+        files = self._make("", count, self._render)
         self.images = np.empty((count, 3, size, size), np.uint8)
         self.eyes = np.empty((count, 1, size, size), bool)
         self.scenes: list[Scene] = []
-        for i, path in enumerate(files):
-            part = slice(i * CHUNK, min((i + 1) * CHUNK, count))
+        for part, path in files:
             with np.load(path) as stored:
                 self.images[part] = stored["images"][: part.stop - part.start]
                 self.eyes[part] = stored["eyes"][: part.stop - part.start]
                 self.scenes += [Scene(**s) for s in json.loads(str(stored["scenes"]))[: part.stop - part.start]]
 
-    @staticmethod
-    def _render(path: Path, size: int, generator: torch.Generator, device: str | torch.device) -> None:
+    def _make(self, kind: str, count: int, make: Callable[[int], dict[str, Any]]) -> list[tuple[slice, Path]]:
+        """The files of `count` samples, and which samples each has; `make(number)` is what a missing one shall hold."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = [self.folder / f"{kind}{self.size}-{self.seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
+        rank, ranks = share()
+        mine = range(rank, len(files), ranks)
+        for i in tqdm(mine, desc=f"rendering {kind}{self.size}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
+            if not files[i].exists():
+                with replacing(files[i]) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **make(i))
+        if ranks > 1:
+            dist.barrier()
+        return [(slice(i * CHUNK, min((i + 1) * CHUNK, count)), path) for i, path in enumerate(files)]
+
+    def _render(self, number: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         scenes = [Scene.sample(generator) for _ in range(CHUNK)]
-        result = render(scenes, size, device=device)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                images=((result.image + 1) * 127.5).round().byte().cpu().numpy(),
-                eyes=(result.parts == EYES).cpu().numpy(),
-                scenes=json.dumps([asdict(s) for s in scenes]),
-            )
+        result = render(scenes, self.size, device=self.device)
+        return {
+            "images": ((result.image + 1) * 127.5).round().byte().cpu().numpy(),
+            "eyes": (result.parts == EYES).cpu().numpy(),
+            "scenes": json.dumps([asdict(s) for s in scenes]),
+        }
+
+    def disparities(self) -> Float[Tensor, "n 1 h w"]:
+        """How near everything is, 1 / depth: made from the scenes on first use and kept beside the pictures."""
+
+        def make(number: int) -> dict[str, Any]:
+            distance = depths(self.scenes[number * CHUNK : (number + 1) * CHUNK], self.size, device=self.device)
+            return {"disparity": (1 / distance).half().cpu().numpy()}
+
+        files = self._make("depth-", len(self), make)
+        stored = [torch.from_numpy(np.load(path)["disparity"])[: part.stop - part.start] for part, path in files]
+        return torch.cat(stored).float()
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -162,7 +181,8 @@ class Latents:
     """What the noise predictor sees: a noised latent, its time and its caption; the target is v.
 
     Every visit samples the picture's latent anew. One caption in ten is dropped (left empty), which is what makes
-    classifier-free guidance possible (Ho & Salimans 2022, algorithm 1).
+    classifier-free guidance possible (Ho & Salimans 2022, algorithm 1). A cell weighs what its pixels weigh to the
+    autoencoder, more in the eyes: the best prediction stays the same, its errors are mended in another order.
     """
 
     DROPPED = 0.1
@@ -171,9 +191,15 @@ class Latents:
         self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
         self.scaling = vae.config.scaling
         self.mean, self.deviation = posteriors(renders, vae)
+        eyes = F.avg_pool2d(torch.from_numpy(renders.eyes).float(), vae.config.factor)  # their share of each cell
+        self.weight = 1 + (EYE_WEIGHT - 1) * torch.stack([eyes, eyes.flip(3)], dim=1)  # as they are, and mirrored
 
     def __len__(self) -> int:
         return len(self.renders)
+
+    def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
+        """Of which times there shall be noise: of all alike."""
+        return torch.randint(len(self.schedule.betas), (count,), generator=generator)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         count, shape = len(indices), self.mean.shape[2:]
@@ -185,11 +211,101 @@ class Latents:
         noise = torch.randn(count, *shape, generator=generator)
         seen = indices, mirrored.long()
         x0 = self.scaling * (self.mean[seen] + self.deviation[seen] * noise)
-        t = torch.randint(len(self.schedule.betas), (count,), generator=generator)
+        t = self.times(count, generator)
         eps = torch.randn(count, *shape, generator=generator)
         return {
+            "mirrored": mirrored,
             "x_t": self.schedule.add_noise(x0, t, eps),
             "target": self.schedule.add_noise(eps, t, -x0),  # v: the same mix, a quarter turn on
+            "weight": self.weight[seen],
             "t": t.float(),
             "ids": ids,
         }
+
+
+class Holes(Latents):
+    """What a noise predictor sees that fills holes: beside the latent, which cells are to be redrawn, and the rest.
+
+    Holes are ellipses and rectangles, up to three a picture; one picture in four is wholly to be redrawn, as in the
+    training of Stable Diffusion's inpainting models (their model cards).
+    """
+
+    WHOLE = 0.25
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        image = self.renders.pictures(indices)
+        image = torch.where(batch["mirrored"][:, None, None, None], image.flip(3), image)
+        white = holes(len(indices), image.shape[-1], generator)
+        white[torch.rand(len(indices), generator=generator) < self.WHOLE] = 1
+        return batch | {"white": white, "rest": image * (1 - white)}
+
+
+def holes(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
+    """Random masks, 1 where there is a hole: one to three ellipses or rectangles in each."""
+    at = torch.linspace(-1, 1, size)
+    centre = 2 * torch.rand(count, 3, 2, 1, 1, generator=generator) - 1
+    reach = 0.1 + 0.6 * torch.rand(count, 3, 2, 1, 1, generator=generator)
+    off = (torch.stack(torch.meshgrid(at, at, indexing="ij")) - centre) / reach  # b 3 2 h w, 1 at the border
+    round_, square = off.square().sum(2) < 1, off.abs().amax(2) < 1
+    shape = torch.where(torch.rand(count, 3, 1, 1, generator=generator) < 0.5, round_, square)
+    there = torch.arange(3) <= torch.randint(3, (count, 1), generator=generator)
+    return (shape & there[:, :, None, None]).any(1, keepdim=True).float()
+
+
+class Depths(Latents):
+    """What a noise predictor sees that is told depths: beside the latent, how near each cell is."""
+
+    def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        super().__init__(renders, vae, tokenizer, schedule)
+        near = depth_channel(renders.disparities(), tuple(self.mean.shape[-2:]))
+        self.near = torch.stack([near, near.flip(3)], dim=1)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        near = self.near[indices, batch["mirrored"].long()]
+        return batch | {"x_t": torch.cat([batch["x_t"], near], dim=1)}
+
+
+class Links(Latents):
+    """What a consistency model is distilled on: noisy latents at the times of 50 steps, and the next time of each.
+
+    The last link ends at the clean latent, whose alpha_bar is 1.
+    """
+
+    def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
+        step = len(self.schedule.betas) // LCM_STEPS
+        return step * torch.randint(1, LCM_STEPS + 1, (count,), generator=generator) - 1
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        t_next = batch["t"] - len(self.schedule.betas) // LCM_STEPS
+        alpha_bar = torch.cat([self.schedule.alpha_bar, torch.ones(1)]).float()  # the last one, at -1: no noise
+        return batch | {
+            "t_next": t_next.clamp(min=0),
+            "alpha_bar": alpha_bar[batch["t"].long()].view(-1, 1, 1, 1),
+            "alpha_bar_next": alpha_bar[t_next.long()].view(-1, 1, 1, 1),
+            "empty": self.tokenizer([""]).expand(len(indices), -1),
+        }
+
+
+class SmallPictures:
+    """What the noise predictor of chapter 03 sees: pictures of 32 x 32 with noise, on DDPM's own schedule."""
+
+    SIZE = 32
+
+    def __init__(self, renders: Renders):
+        every = torch.arange(len(renders)).split(CHUNK)
+        self.images = torch.cat([F.adaptive_avg_pool2d(renders.pictures(some), self.SIZE) for some in every])
+        self.schedule = linear()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        x0 = self.images[indices]
+        mirrored = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+        t = torch.randint(len(self.schedule.betas), (len(indices),), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        x_t = self.schedule.add_noise(torch.where(mirrored, x0.flip(3), x0), t, eps)
+        return {"x_t": x_t, "t": t.float(), "eps": eps}

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..clip import CLIP, TextTower
+from ..denoiser import guide
 from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch
@@ -80,9 +81,62 @@ class Predictor(nn.Module):
 
 
 def diffusion_loss(predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the prediction (Ho et al. 2020, eq. 14; with the target v: Salimans & Ho 2022, appendix D).
+    """Weighted squared error of the prediction (Ho et al. 2020, eq. 14; of v: Salimans & Ho 2022, appendix D).
 
-    Batch: `x_t` [b c h w], `t` [b], `ids` [b n], `target` as x_t.
+    Batch: `x_t` [b c h w], `t` [b], `ids` [b n], `target` as x_t, `weight` [b 1 h w].
     """
-    prediction = predictor(batch["x_t"], batch["t"], batch["ids"]).float()
-    return F.mse_loss(prediction, batch["target"]), {}
+    error = predictor(batch["x_t"], batch["t"], batch["ids"]).float() - batch["target"]
+    return (batch["weight"] * error**2).mean(), {}
+
+
+def noise_loss(unet: UNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the predicted noise (Ho et al. 2020, equation 14).
+
+    Batch: `x_t` and `eps` [b c h w], `t` [b].
+    """
+    return F.mse_loss(unet(batch["x_t"], batch["t"]).float(), batch["eps"]), {}
+
+
+def inpainting_loss(vae: VAE, predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """`diffusion_loss` of a network that is also shown which cells to redraw, and the latent of what is left.
+
+    Batch: that of `diffusion_loss`; `white` [b 1 H W], 1 where the picture is to be redrawn; `rest` [b 3 H W], the
+    picture with grey in these places.
+    """
+    factor = vae.config.factor
+    with torch.no_grad():
+        rest = vae.encode(batch["rest"])
+    x = torch.cat([batch["x_t"], batch["white"][:, :, ::factor, ::factor], rest], dim=1)
+    return diffusion_loss(predictor, batch | {"x_t": x})
+
+
+def consistency_loss(
+    teacher: UNet, guidance: float, student: Predictor, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far two jumps to the clean latent are apart: from a noisy latent, and from where the teacher takes it next.
+
+    (Latent consistency distillation: Luo et al. 2023, equation 16; the second jump is the student's own, as in Song &
+    Dhariwal 2024, section 3.2.) The teacher's step is one of DDIM with guidance. Both networks predict v: that a jump
+    from no noise at all leads nowhere (Song et al. 2023, equation 5) holds by itself.
+
+    Batch: `x_t` [b c h w], `ids` [b n], `empty` [b n], the tokens of no words; times `t` [b] and `t_next` [b], and
+    `alpha_bar`, `alpha_bar_next` [b 1 1 1] at them.
+    """
+
+    def jump(v: Tensor, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise that a prediction means."""
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return signal * x - noise * v, noise * x + signal * v
+
+    x, t, t_next, alpha_bar, alpha_bar_next = (
+        batch[name] for name in ("x_t", "t", "t_next", "alpha_bar", "alpha_bar_next")
+    )
+    with torch.no_grad():
+        context = student.text(torch.cat([batch["ids"], batch["empty"]]))
+        cond, uncond = teacher(torch.cat([x, x]), torch.cat([t, t]), context).float().chunk(2)
+        x0, eps = jump(guide(cond, uncond, guidance), x, alpha_bar)
+        x_next = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * eps
+        context = context[: len(x)]
+        target, _ = jump(student.unet(x_next, t_next, context).float(), x_next, alpha_bar_next)
+    landed, _ = jump(student.unet(x, t, context).float(), x, alpha_bar)
+    return F.mse_loss(landed, target), {}

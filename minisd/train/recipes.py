@@ -1,22 +1,22 @@
-"""The recipes of the bundled model, in the order they are run: `vae`, `unet`, `clip`; and the `oracle` to measure it.
+"""The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
+`inpaint`, `depth` and `lcm` make variants of the finished model; `pixels` stands alone.
 
-Each works in one folder: it reads what earlier ones left in `model/`, keeps its checkpoint beside it, and adds its own
-part. When the first three have run, `minisd.load(folder / "model")` draws.
+Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
+that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-128")` draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import nn
 
 from ..clip import CLIP, TextTower
-from ..config import CRITTERS_128, CRITTERS_IMAGE_TOWER, ModelConfig
+from ..config import CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
 from ..critters import Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
 from ..files import load_strictly, read_tensors
@@ -24,63 +24,31 @@ from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
-from .data import Captioned, Decodings, Latents, Pictures, Renders
-from .loop import Record, TrainConfig, fit, share
-from .losses import Predictor, clip_loss, decoder_loss, diffusion_loss, vae_loss
+from ..weights import read_tokenizer, save_module
+from .data import Captioned, Decodings, Depths, Holes, Latents, Links, Pictures, SmallPictures
+from .loop import Record, TrainConfig, share
+from .losses import (
+    Predictor,
+    clip_loss,
+    consistency_loss,
+    decoder_loss,
+    diffusion_loss,
+    inpainting_loss,
+    noise_loss,
+    vae_loss,
+)
+from .workshop import Workshop
 
-RENDERS = 12_000
 CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
 DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=6_800, batch_size=32, lr=1e-3, ema=0.999)
+VARIANT_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
+LCM_RUN = TrainConfig(steps=1_500, batch_size=32, lr=5e-4, warmup=100, cooldown=0.5, ema=0.998, seed=4)
+PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workshop:
-    """The folder a model is made in, the device it is made on, and how many renders it learns from."""
-
-    folder: Path
-    device: torch.device
-    renders: int = RENDERS
-
-    def __post_init__(self):
-        self.model.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def model(self) -> Path:
-        """Where the finished parts go."""
-        return self.folder / "model"
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config as far as it is known: recipes fill in what they measure."""
-        return read_config(self.model) if (self.model / "config.json").exists() else CRITTERS_128
-
-    def data(self) -> Renders:
-        """The renders, made on first use."""
-        return Renders(self.folder / "renders", self.renders, self.config.size, device=self.device)
-
-    def fresh(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
-        """A new module with weights drawn from a seed; the global random state stays as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            module = make()
-        return module.to(self.device, memory_format=torch.channels_last)  # how convolutions like their memory
-
-    def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
-        """Train with a checkpoint of this name."""
-        yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt", every=200)
-
-    def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
-        """Write finished parts and the config beside them, from one process alone."""
-        if share()[0] == 0:
-            for name, module in modules.items():
-                save_module(module, self.model / f"{name}.safetensors")
-            write_config(self.model, config)
 
 
 def mini_clip(config: ModelConfig) -> CLIP:
@@ -107,7 +75,7 @@ def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
     (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
     """
     config = shop.config
-    module = read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device)
+    module = shop.part("vae", VAE(config.vae))
     data = Decodings(shop.data(), module)
     module.requires_grad_(True).encoder.requires_grad_(False)
     module.quant.requires_grad_(False)
@@ -122,8 +90,7 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     captions = [caption(Scene.sample(generator), generator) for _ in range(CAPTIONS)]
     tokenizer = Tokenizer.train(captions, config.text.vocabulary, pad=config.text.pad, places=config.text.places)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=len(tokenizer)))
-    autoencoder = read_module(VAE(config.vae), shop.model / "vae.safetensors").to(shop.device)
-    data = Latents(shop.data(), autoencoder, tokenizer, from_config(config.schedule))
+    data = Latents(shop.data(), shop.part("vae", VAE(config.vae)), tokenizer, from_config(config.schedule))
     module = shop.fresh(lambda: Predictor(TextTower(config.text), UNet(config.unet)), run.seed)
     yield from shop.run("unet", module, diffusion_loss, data, run)
     if share()[0] == 0:
@@ -154,10 +121,40 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
         save_module(module, shop.folder / "oracle.safetensors")
 
 
+def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+    """A variant that fills holes: it is also shown which cells to redraw, and the latent of the rest."""
+    loss = partial(inpainting_loss, shop.part("vae", VAE(shop.config.vae)))
+    yield from shop.variant("inpaint", shop.latents(Holes), loss, run, beside=1 + shop.config.vae.latent_channels)
+
+
+def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+    """A variant that is also shown how near everything is to be."""
+    yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1)
+
+
+def lcm(shop: Workshop, run: TrainConfig = LCM_RUN) -> Iterator[Record]:
+    """A variant that draws in 4 steps: guidance is distilled into it, so that it needs none (Luo et al. 2023)."""
+    teacher = shop.part("unet", UNet(shop.config.unet))
+    loss = partial(consistency_loss, teacher, shop.config.guidance)
+    yield from shop.variant("lcm", shop.latents(Links), loss, run, guidance=1.0)
+
+
+def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Iterator[Record]:
+    """A noise predictor for pictures themselves, small ones, without words."""
+    module = shop.fresh(lambda: UNet(CRITTERS_PIXELS), run.seed)
+    yield from shop.run("pixels", module, noise_loss, SmallPictures(shop.data()), run)
+    if share()[0] == 0:
+        save_module(module, shop.folder / "pixels.safetensors")
+
+
 RECIPES = {
     "vae": (vae, VAE_RUN),
     "unet": (unet, UNET_RUN),
     "clip": (clip, CLIP_RUN),
     "decoder": (decoder, DECODER_RUN),
     "oracle": (oracle, ORACLE_RUN),
+    "inpaint": (inpaint, VARIANT_RUN),
+    "depth": (depth, VARIANT_RUN),
+    "lcm": (lcm, LCM_RUN),
+    "pixels": (pixels, PIXELS_RUN),
 }

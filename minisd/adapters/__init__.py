@@ -1,0 +1,1 @@
+"""Small additions to a model that is there already."""

@@ -1,0 +1,118 @@
+"""Where a model is made: the folder of its renders, its checkpoints and its finished parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..adapters import lora
+from ..clip import TextTower
+from ..config import CRITTERS_128, ModelConfig
+from ..files import save_tensors
+from ..schedule import from_config
+from ..unet import UNet
+from ..vae import VAE
+from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
+from .data import Latents, Renders
+from .loop import Record, TrainConfig, fit, share
+from .losses import Predictor
+
+RENDERS = 12_000
+RANK = 16  # of a variant's changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """The folder a model is made in, the device it is made on, how many renders it learns from, and its sizes."""
+
+    folder: Path
+    device: torch.device
+    renders: int = RENDERS
+    preset: ModelConfig = CRITTERS_128
+
+    def __post_init__(self):
+        self.model.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def model(self) -> Path:
+        """Where the finished parts go."""
+        return self.folder / self.preset.name
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config as far as it is known: recipes fill in what they measure."""
+        return read_config(self.model) if (self.model / "config.json").exists() else self.preset
+
+    def data(self) -> Renders:
+        """The renders, made on first use."""
+        return Renders(self.folder / "renders", self.renders, self.config.size, device=self.device)
+
+    def latents(self, kind: type[Latents] = Latents) -> Latents:
+        """What a noise predictor learns from, once there are a tokenizer and an autoencoder."""
+        tokenizer, schedule = read_tokenizer(self.model, self.config), from_config(self.config.schedule)
+        return kind(self.data(), self.part("vae", VAE(self.config.vae)), tokenizer, schedule)
+
+    def part(self, name: str, module: nn.Module) -> nn.Module:
+        """A finished part of the model, frozen."""
+        return read_module(module, self.model / f"{name}.safetensors").to(self.device)
+
+    def fresh(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+        """A new module with weights drawn from a seed; the global random state stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            module = make()
+        return module.to(self.device, memory_format=torch.channels_last)  # how convolutions like their memory
+
+    def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
+        """Train with a checkpoint of this name."""
+        yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt", every=200)
+
+    def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
+        """Write finished parts and the config beside them, from one process alone."""
+        if share()[0] == 0:
+            for name, module in modules.items():
+                save_module(module, self.model / f"{name}.safetensors")
+            write_config(self.model, config)
+
+    def variant(
+        self, name: str, data: Latents, loss: Callable, run: TrainConfig, beside: int = 0, **changed: float
+    ) -> Iterator[Record]:
+        """Another model that shares all parts of this one, with low-rank changes of its noise predictor.
+
+        The predictor is also shown `beside` more channels. Their weights start at zero and are kept whole: at first it
+        does what it did. `changed` are settings of the model's config.
+        """
+        unet_config = dataclasses.replace(self.config.unet, in_channels=self.config.unet.in_channels + beside)
+        config = dataclasses.replace(
+            self.config, name=f"{self.preset.name}-{name}", base=self.preset.name, unet=unet_config, **changed
+        )
+
+        def make() -> Predictor:
+            text, unet = self.part("text", TextTower(config.text)), self.part("unet", UNet(self.config.unet))
+            lora.attach(unet, RANK)
+            if beside:
+                unet.conv_in = widened(unet.conv_in, beside)
+            return Predictor(text, unet)
+
+        module = self.fresh(make, run.seed)
+        yield from self.run(name, module, loss, data, run)
+        if share()[0] == 0:
+            folder = self.folder / config.name
+            folder.mkdir(exist_ok=True)
+            first = {f"conv_in.{key}": t for key, t in module.unet.conv_in.state_dict().items()} if beside else {}
+            save_tensors(folder / "unet.lora.safetensors", first | lora.changes(module.unet))
+            write_config(folder, config)
+
+
+def widened(conv: nn.Conv2d, beside: int) -> nn.Conv2d:
+    """A convolution that takes more channels, and does not look at them yet."""
+    wide = nn.Conv2d(conv.in_channels + beside, conv.out_channels, conv.kernel_size, padding=conv.padding)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, : conv.in_channels] = conv.weight
+        wide.bias.copy_(conv.bias)
+    return wide
