@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import checks, samplers
 from . import download as downloads
 from . import image as images
+from .weights import BUNDLED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,28 +168,32 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, in this order; decoder; ...", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="vae, unet, clip, decoder; or all, these four.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
+    preset: Annotated[str, typer.Option(help="The model's sizes: critters-128; critters-512, on a GPU.")] = BUNDLED,
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
-    """Train a part of the bundled model; a stopped run goes on where it was. Under torchrun, on many devices."""
+    """Train a bundled model or a part of it; a stopped run goes on where it was. Under torchrun, on many devices.
+
+    When the model is whole, its variants: inpaint, depth, lcm. By themselves: oracle, pixels.
+    """
     from .train.loop import share, start_processes
-    from .train.recipes import RECIPES
+    from .train.recipes import PRESETS, chosen
     from .train.workshop import RENDERS, Workshop
 
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; choose one of: {', '.join(RECIPES)}")
-    function, run = RECIPES[recipe]
+    recipes = chosen(recipe, preset)
     if steps is not None:
-        run = dataclasses.replace(run, steps=checks.integer("steps", steps, 1, 10**9))
+        steps = checks.integer("steps", steps, 1, 10**9)
     renders = checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9)
-    shop = Workshop(folder, start_processes(), renders)
-    with tqdm(total=run.steps, desc=recipe, disable=share()[0] > 0) as bar:
-        for record in function(shop, run):
-            shown = {"loss": record.loss, **record.parts}
-            bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
-            bar.update(record.step - bar.n)  # a resumed run starts further on
+    shop = Workshop(folder, start_processes(), renders, PRESETS[preset])
+    for name, function, run in recipes:
+        run = run if steps is None else dataclasses.replace(run, steps=steps)
+        with tqdm(total=run.steps, desc=name, disable=share()[0] > 0) as bar:
+            for record in function(shop, run):
+                shown = {"loss": record.loss, **record.parts}
+                bar.set_postfix({part: f"{value:.4f}" for part, value in shown.items()}, refresh=False)
+                bar.update(record.step - bar.n)  # a resumed run starts further on
 
 
 @app.command("eval")

@@ -159,8 +159,16 @@ CRITTERS_128 = ModelConfig(
     vae=VAEConfig(widths=(16, 32, 64, 128), blocks=1, groups=4, scaling=1.0),
     text=TextConfig(vocabulary=1024, width=128, layers=4, heads=4, projection=128),
 )
+CRITTERS_512 = dataclasses.replace(
+    CRITTERS_128,
+    name="critters-512",
+    size=512,
+    unet=UNetConfig(
+        widths=(32, 64, 96, 144), blocks=1, attention=(False, True, True, True), heads=4, context_dim=128, groups=8
+    ),
+)
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()
 CRITTERS_PIXELS = UNetConfig(  # draws pictures of 32 x 32 themselves, without words
-    in_channels=3, out_channels=3, widths=(32, 64, 96), blocks=1, attention=(False, True, True), heads=4,
+    in_channels=3, out_channels=3, widths=(32, 48, 64), blocks=1, attention=(False, True, True), heads=4,
     context_dim=None, groups=8,
 )  # fmt: skip

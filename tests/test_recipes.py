@@ -25,6 +25,8 @@ def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
         records = list(recipe(shop, dataclasses.replace(run, **SHORT)))
         assert [r.step for r in records] == [1, 2], name
         assert all(torch.isfinite(torch.tensor(r.loss)) for r in records)
+        rows = [row.split(",") for row in (tmp_path / f"tiny-{name}.csv").read_text().splitlines()]
+        assert [(int(step), float(loss)) for step, loss, *_ in rows] == [(r.step, round(r.loss, 5)) for r in records]
         if before:
             same = {k for k, tensor in read_tensors(shop.model / "vae.safetensors").items() if tensor.equal(before[k])}
             moved = {k.split(".")[0] for k in before.keys() - same}
@@ -103,3 +105,13 @@ def test_mirrored_samples_come_with_the_mirrored_caption(renders, monkeypatch):
     nearest = (x0[:, None] - data.mean[indices]).square().flatten(2).sum(2).argmin(1)
     for side, row in zip(nearest.tolist(), batch["ids"], strict=True):
         assert sd.tokenizer.decode(row[1:-1]).replace("<|endoftext|>", "").strip() in ("", ("left", "right")[side])
+
+
+def test_a_name_stands_for_its_recipes():
+    [(name, function, run)] = recipes.chosen("unet", "critters-128")
+    assert (name, function, run) == ("unet", recipes.unet, recipes.UNET_RUN)
+    assert [name for name, *_ in recipes.chosen("all", "critters-512")] == ["vae", "unet", "clip", "decoder"]
+    assert all(run.bf16 for _, _, run in recipes.chosen("all", "critters-512"))
+    for name, preset in (("unet", "critters-64"), ("everything", "critters-128")):
+        with pytest.raises(ValueError, match="unknown; choose"):
+            recipes.chosen(name, preset)

@@ -10,13 +10,13 @@ that, and adds its own part. When the first three have run, `minisd.load(folder 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from ..clip import CLIP, TextTower
-from ..config import CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
+from ..config import CRITTERS_128, CRITTERS_512, CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
 from ..critters import Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
 from ..files import load_strictly, read_tensors
@@ -44,11 +44,19 @@ CAPTIONS = 50_000  # that the tokenizer learns from
 VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
 DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
-UNET_RUN = TrainConfig(steps=6_800, batch_size=32, lr=1e-3, ema=0.999)
+UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
+ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
 LCM_RUN = TrainConfig(steps=1_500, batch_size=32, lr=5e-4, warmup=100, cooldown=0.5, ema=0.998, seed=4)
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
-ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
+
+PRESETS = {preset.name: preset for preset in (CRITTERS_128, CRITTERS_512)}
+WHOLE = ("vae", "unet", "clip", "decoder")  # the recipes of a whole model
+ON_A_GPU = {  # what the larger model needs instead: 512 x 512 is no work for a CPU
+    "vae": {"steps": 8_000},
+    "unet": {"steps": 16_000, "batch_size": 64, "bf16": True},
+    "decoder": {"steps": 8_000},
+}
 
 
 def mini_clip(config: ModelConfig) -> CLIP:
@@ -158,3 +166,19 @@ RECIPES = {
     "lcm": (lcm, LCM_RUN),
     "pixels": (pixels, PIXELS_RUN),
 }
+
+
+def chosen(name: str, preset: str) -> list[tuple[str, Callable, TrainConfig]]:
+    """The recipes that a name stands for, "all" for those of a whole model, and their settings at a preset's size.
+
+    Raises ValueError for unknown names.
+    """
+    if name not in RECIPES and name != "all":
+        raise ValueError(f"recipe {name!r} is unknown; choose all or one of: {', '.join(RECIPES)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose one of: {', '.join(PRESETS)}")
+    changed = ON_A_GPU if PRESETS[preset] == CRITTERS_512 else {}
+    return [
+        (each, RECIPES[each][0], dataclasses.replace(RECIPES[each][1], **changed.get(each, {})))
+        for each in (WHOLE if name == "all" else [name])
+    ]

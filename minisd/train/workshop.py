@@ -68,8 +68,16 @@ class Workshop:
         return module.to(self.device, memory_format=torch.channels_last)  # how convolutions like their memory
 
     def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
-        """Train with a checkpoint of this name."""
-        yield from fit(module, loss, data, config, checkpoint=self.folder / f"{name}.pt", every=200)
+        """Train with a checkpoint, and a table beside it: step, loss, learning rate, gradient's norm.
+
+        A run that goes on after a crash repeats some rows.
+        """
+        stem = self.folder / f"{self.preset.name}-{name}"
+        for record in fit(module, loss, data, config, checkpoint=stem.with_suffix(".pt"), every=200):
+            if share()[0] == 0:
+                with stem.with_suffix(".csv").open("a", encoding="utf-8") as table:
+                    table.write(f"{record.step},{record.loss:.5f},{record.lr:.2e},{record.grad_norm:.3f}\n")
+            yield record
 
     def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
         """Write finished parts and the config beside them, from one process alone."""
