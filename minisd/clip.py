@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .config import ImageTowerConfig, TextConfig
-from .layers import Attention
+from .layers import Attention, ResidualBlock
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -65,13 +65,26 @@ class TextTower(nn.Module):
         return F.normalize(self.projection(context[torch.arange(len(ids)), end]), dim=-1)
 
 
+def halvings(patch: int, width: int) -> nn.Sequential:
+    """Picture to a map of one vector a patch: halved, looked at, halved again (Xiao et al. 2021, section 4).
+
+    Published CLIPs look at a whole patch in one convolution, and need far more pictures to learn what to look for.
+    """
+    layers, channels = [], 3
+    for halving in reversed(range(int(math.log2(patch)))):
+        out = width >> halving
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), ResidualBlock(out, out, max(1, out // 8))]
+        channels = out
+    return nn.Sequential(*layers)
+
+
 class ImageTower(nn.Module):
     """Picture in [-1, 1] to one unit vector: patches as tokens, a class token that gathers, and a projection."""
 
     def __init__(self, config: ImageTowerConfig):
         super().__init__()
         self.config = config
-        self.patches = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
+        self.patches = halvings(config.patch, config.width)
         self.class_embedding = nn.Parameter(config.width**-0.5 * torch.randn(config.width))
         self.position_embedding = nn.Embedding((config.size // config.patch) ** 2 + 1, config.width)
         self.first_norm = nn.LayerNorm(config.width)

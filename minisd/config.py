@@ -64,7 +64,7 @@ class ImageTowerConfig:
     """CLIP's image tower: a transformer over square patches of the picture."""
 
     size: int = 128
-    patch: int = 16
+    patch: int = 16  # a power of 2
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -168,6 +168,7 @@ CRITTERS_512 = dataclasses.replace(
     ),
 )
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()
+CRITTERS_CLASSIFIER = dataclasses.replace(CRITTERS_128.unet, attention=(False, True, True), context_dim=None)
 CRITTERS_PIXELS = UNetConfig(  # draws pictures of 32 x 32 themselves, without words
     in_channels=3, out_channels=3, widths=(32, 48, 64), blocks=1, attention=(False, True, True), heads=4,
     context_dim=None, groups=8,

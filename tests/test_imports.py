@@ -17,7 +17,7 @@ ORDER = """
     config checks devices unpickle files download samplers toy image
     schedule
     layers
-    tokenizer prompt clip vae unet depth denoiser hooks
+    tokenizer prompt clip vae unet classifier depth denoiser hooks
     keymaps
     adapters
     weights

@@ -1,7 +1,8 @@
 """Measure the bundled models: `python assets/models/measure.py` writes measured.json beside itself.
 
 Fresh renders (never trained on) tell how well the oracle reads and how much the autoencoder loses; prompts drawn by the
-model tell how well it obeys, read by the oracle, and how far its pictures are from renders.
+models tell how well they obey, read by the oracle, how far their pictures are from renders, and whether they are copies
+of training renders. `card.py` puts it all into the card.
 """
 
 import argparse
@@ -11,19 +12,24 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import minisd
-from minisd.critters import Scene
-from minisd.critters.oracle import accuracy
+from minisd import image, samplers
+from minisd.critters import Scene, prompt
+from minisd.critters.oracle import Oracle, accuracy
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
-from minisd.train.data import Renders
+from minisd.pipeline import StableDiffusion
+from minisd.train.data import Renders, holes
 
 SETTINGS = [  # split, guidance, steps
     *[("train", 1, 20), ("held-out", 1, 20), ("held-out", 2, 20), ("held-out", 4, 20), ("held-out", 7, 20)],
     *[("held-out", 4, 5), ("held-out", 4, 10)],
 ]
+LCM_STEPS = [1, 2, 4, 8]
 
 
 def scenes_of(split: str, count: int) -> list[Scene]:
@@ -31,55 +37,108 @@ def scenes_of(split: str, count: int) -> list[Scene]:
     return [Scene.sample(generator, split) for _ in range(count)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--renders", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "minisd-fresh")
-    options = parser.parse_args()
-    sd, oracle = minisd.load(), load_oracle()
+def counted(oracle: Oracle, scenes: list[Scene], drawn: Tensor) -> dict[str, list[int]]:
+    return {attribute: [c.right, c.total] for attribute, c in measure(oracle, scenes, drawn).items()}
 
-    fresh = Renders(options.cache, options.renders, sd.config.size, seed=1)
-    parts = torch.arange(len(fresh)).split(50)
-    pictures = torch.cat([fresh.pictures(i) for i in parts])
-    rebuilt = torch.cat([sd.decode(sd.encode(fresh.pictures(i))) for i in parts])
+
+def features(oracle: Oracle, images: Tensor) -> Tensor:
+    return torch.cat([oracle.features(some) for some in images.split(50)])
+
+
+def all_pictures(renders: Renders) -> Tensor:
+    return torch.cat([renders.pictures(some) for some in torch.arange(len(renders)).split(50)])
+
+
+def autoencoder(sd: StableDiffusion, oracle: Oracle, fresh: Renders, pictures: Tensor, rebuilt: Tensor) -> dict:
+    """How well the oracle reads renders and their reconstructions, and how good these are."""
     eyes = torch.from_numpy(fresh.eyes).float()
     seen = eyes.flatten(1).any(1)
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    return {
         "renders": len(fresh),
         "oracle_on_renders": accuracy(oracle, pictures, fresh.scenes),
         "oracle_on_reconstructions": accuracy(oracle, rebuilt, fresh.scenes),
         "psnr": psnr(pictures, rebuilt).mean().item(),
         "psnr_in_the_eyes": psnr(pictures[seen], rebuilt[seen], eyes[seen]).mean().item(),
-        "adherence": {},
     }
 
-    def count(name: str, scenes: list[Scene], drawn: torch.Tensor) -> None:
-        counts = measure(oracle, scenes, drawn)
-        result["adherence"][name] = {attribute: [c.right, c.total] for attribute, c in counts.items()}
 
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([oracle.features(some) for some in images.split(50)])
+def as_a_set(oracle: Oracle, drawn: Tensor, pictures: Tensor, rebuilt: Tensor, training: Tensor) -> dict:
+    """How far drawn pictures are from renders; beside each number what renders have, at which nothing is wrong.
 
-    # Half of the renders against as many drawn, and against the other half: the distance at which nothing is wrong.
+    `nearest` is the median distance to the nearest training render: copies would be nearer than fresh renders are.
+    """
+    one, other = features(oracle, pictures).chunk(2)
+    new, known = features(oracle, drawn), features(oracle, training)
+
+    def nearest(some: Tensor) -> float:
+        return torch.cdist(some, known).amin(dim=1).median().item()
+
+    return {
+        "frechet": {
+            "n": len(one),
+            "renders": frechet_distance(one, other),
+            "reconstructions": frechet_distance(features(oracle, rebuilt)[: len(one)], other),
+            "drawn": frechet_distance(new, other),
+        },
+        "diversity": {"renders": diversity(one), "drawn": diversity(new)},
+        "nearest": {"training": len(known), "renders": nearest(one), "drawn": nearest(new)},
+    }
+
+
+def inpainting(oracle: Oracle, fresh: Renders, count: int) -> dict:
+    """The same holes filled by the variant that is shown them, and by the base model, which is not."""
+    pictures = all_pictures(fresh)[:count]
+    scenes, masks = fresh.scenes[:count], holes(count, fresh.size, torch.Generator().manual_seed(0))
+    result: dict[str, Any] = {"count": count, "masked": masks.mean().item()}
+    for name in ("critters-128", "critters-128-inpaint"):
+        sd, filled = minisd.load(name), []
+        for i, scene in enumerate(scenes):
+            picture, mask = (
+                image.to_pil(pictures[i : i + 1])[0],
+                image.to_pil(2 * masks[i : i + 1].expand(-1, 3, -1, -1) - 1)[0],
+            )
+            filled.append(image.from_pil(sd.inpaint(prompt(scene), picture, mask, seed=i, guidance=4, progress=False)))
+        filled = torch.cat(filled)
+        result[name] = {
+            "adherence": counted(oracle, scenes, filled),
+            "psnr_in_the_hole": psnr(filled, pictures, masks).mean().item(),
+            "frechet": frechet_distance(features(oracle, filled), features(oracle, pictures)),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--renders", type=int, default=2000)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "minisd-fresh")
+    parser.add_argument("--training", type=Path, default=Path("runs/renders"), help="the renders it was trained on")
+    options = parser.parse_args()
+    sd, oracle = minisd.load(), load_oracle()
+
+    fresh = Renders(options.cache, options.renders, sd.config.size, seed=1)
+    pictures = all_pictures(fresh)
+    rebuilt = torch.cat([sd.decode(sd.encode(some)) for some in pictures.split(50)])
+    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    result |= autoencoder(sd, oracle, fresh, pictures, rebuilt)
+
     scenes, start = scenes_of("train", len(fresh) // 2), time.perf_counter()
     drawn = draw_scenes(sd, scenes, guidance=4)
     result["seconds_a_picture"] = (time.perf_counter() - start) / len(scenes)
-    count("train, guidance 4, 20 steps", scenes, drawn)
-    one, other = features(pictures).chunk(2)
-    result["frechet"] = {
-        "n": len(one),
-        "renders": frechet_distance(one, other),
-        "reconstructions": frechet_distance(features(rebuilt)[: len(one)], other),
-        "drawn": frechet_distance(features(drawn), other),
-    }
-    result["diversity"] = {"renders": diversity(one), "drawn": diversity(features(drawn))}
+    result |= as_a_set(
+        oracle, drawn, pictures, rebuilt, all_pictures(Renders(options.training, 12_000, sd.config.size))
+    )
 
+    result["adherence"] = {"train, guidance 4, 20 steps": counted(oracle, scenes, drawn)}
     for split, guidance, steps in SETTINGS:
         scenes = scenes_of(split, options.prompts)
         drawn = draw_scenes(sd, scenes, guidance=guidance, steps=steps)
-        count(f"{split}, guidance {guidance}, {steps} steps", scenes, drawn)
+        result["adherence"][f"{split}, guidance {guidance}, {steps} steps"] = counted(oracle, scenes, drawn)
+    fast, scenes = minisd.load("critters-128-lcm"), scenes_of("held-out", options.prompts)
+    for steps in LCM_STEPS:
+        drawn = draw_scenes(fast, scenes, sampler=samplers.lcm, schedule="lcm", steps=steps)
+        result["adherence"][f"held-out, few-step variant, {steps} steps"] = counted(oracle, scenes, drawn)
+    result["inpainting"] = inpainting(oracle, fresh, options.prompts)
     result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Path(__file__).with_name("measured.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

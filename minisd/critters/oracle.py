@@ -166,12 +166,18 @@ def degraded(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Fl
 def oracle_loss(oracle: Oracle, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of every attribute that shows, and the distance of the eyes from where they were found."""
     logits, found = oracle(batch["image"], batch["look_at"])
+    parts = misreadings(logits, batch)
+    parts["eyes_at"] = 5 * (found - batch["eyes_at"]).norm(dim=-1).mean()
+    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+
+def misreadings(logits: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy of every attribute, over those of the batch that show it."""
     parts = {}
     for name in WORDS:
         total = F.cross_entropy(logits[name].float(), batch[name], ignore_index=UNSEEN, reduction="sum")
         parts[name] = total / (batch[name] != UNSEEN).sum().clamp(min=1)
-    parts["eyes_at"] = 5 * (found - batch["eyes_at"]).norm(dim=-1).mean()
-    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+    return parts
 
 
 def accuracy(oracle: Oracle, images: Float[Tensor, "b 3 h w"], scenes: list[Scene]) -> dict[str, dict[str, float]]:

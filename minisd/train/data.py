@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..critters import PARTS, Scene, caption, depths, render
 from ..critters.captions import near_misses
+from ..critters.oracle import MIRRORED_LOOK, targets
 from ..depth import depth_channel
 from ..files import replacing
 from ..schedule import LCM_STEPS, NoiseSchedule, linear
@@ -265,6 +266,20 @@ class Depths(Latents):
         batch = super().batch(indices, generator)
         near = self.near[indices, batch["mirrored"].long()]
         return batch | {"x_t": torch.cat([batch["x_t"], near], dim=1)}
+
+
+class Labelled(Latents):
+    """What a classifier of noisy latents sees: beside the latent, an index by attribute, as the oracle's `targets`."""
+
+    def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        super().__init__(renders, vae, tokenizer, schedule)
+        self.targets = targets(renders.scenes)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        labels = {name: index[indices] for name, index in self.targets.items()}
+        labels["look"] = torch.where(batch["mirrored"], MIRRORED_LOOK[labels["look"]], labels["look"])
+        return batch | labels
 
 
 class Links(Latents):

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
+from ..critters.oracle import misreadings
 from ..denoiser import guide
 from ..unet import UNet
 from ..vae import VAE
@@ -140,3 +142,9 @@ def consistency_loss(
         target, _ = jump(student.unet(x_next, t_next, context).float(), x_next, alpha_bar_next)
     landed, _ = jump(student.unet(x, t, context).float(), x, alpha_bar)
     return F.mse_loss(landed, target), {}
+
+
+def classifier_loss(classifier: NoisyClassifier, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of every attribute that shows. Batch: `x_t` [b c h w], `t` [b], and an index [b] by attribute."""
+    parts = misreadings(classifier(batch["x_t"], batch["t"]), batch)
+    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}

@@ -1,7 +1,7 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
-`inpaint`, `depth` and `lcm` make variants of the finished model; `pixels` stands alone.
+`inpaint`, `depth` and `lcm` make variants of the finished model, `classifier` reads its latents; `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-128")` draws.
@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
+from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
-from ..config import CRITTERS_128, CRITTERS_512, CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
-from ..critters import Scene, caption
+from ..config import CRITTERS_128, CRITTERS_512, CRITTERS_CLASSIFIER, CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
+from ..critters import WORDS, Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
 from ..files import load_strictly, read_tensors
 from ..schedule import from_config
@@ -25,10 +26,11 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_tokenizer, save_module
-from .data import Captioned, Decodings, Depths, Holes, Latents, Links, Pictures, SmallPictures
+from .data import Captioned, Decodings, Depths, Holes, Labelled, Latents, Links, Pictures, SmallPictures
 from .loop import Record, TrainConfig, share
 from .losses import (
     Predictor,
+    classifier_loss,
     clip_loss,
     consistency_loss,
     decoder_loss,
@@ -48,6 +50,7 @@ UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
 LCM_RUN = TrainConfig(steps=1_500, batch_size=32, lr=5e-4, warmup=100, cooldown=0.5, ema=0.998, seed=4)
+CLASSIFIER_RUN = TrainConfig(steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6)
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
 
 PRESETS = {preset.name: preset for preset in (CRITTERS_128, CRITTERS_512)}
@@ -147,6 +150,14 @@ def lcm(shop: Workshop, run: TrainConfig = LCM_RUN) -> Iterator[Record]:
     yield from shop.variant("lcm", shop.latents(Links), loss, run, guidance=1.0)
 
 
+def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Record]:
+    """A classifier of the model's noisy latents."""
+    words = {name: len(words) for name, words in WORDS.items()}
+    module = shop.fresh(lambda: NoisyClassifier(CRITTERS_CLASSIFIER, words), run.seed)
+    yield from shop.run("classifier", module, classifier_loss, shop.latents(Labelled), run)
+    shop.keep(shop.config, classifier=module)
+
+
 def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Iterator[Record]:
     """A noise predictor for pictures themselves, small ones, without words."""
     module = shop.fresh(lambda: UNet(CRITTERS_PIXELS), run.seed)
@@ -164,6 +175,7 @@ RECIPES = {
     "inpaint": (inpaint, VARIANT_RUN),
     "depth": (depth, VARIANT_RUN),
     "lcm": (lcm, LCM_RUN),
+    "classifier": (classifier, CLASSIFIER_RUN),
     "pixels": (pixels, PIXELS_RUN),
 }
 
