@@ -168,6 +168,9 @@ CRITTERS_512 = dataclasses.replace(
     ),
 )
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()
+CRITTERS_DEPTH = DepthConfig(
+    size=128, stem=16, widths=(32, 64, 128), blocks=(1, 1, 2), groups=8, width=96, heads=4, taps=(1, 3), fusion=32
+)
 CRITTERS_CLASSIFIER = dataclasses.replace(CRITTERS_128.unet, attention=(False, True, True), context_dim=None)
 CRITTERS_PIXELS = UNetConfig(  # draws pictures of 32 x 32 themselves, without words
     in_channels=3, out_channels=3, widths=(32, 48, 64), blocks=1, attention=(False, True, True), heads=4,

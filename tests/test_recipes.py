@@ -1,6 +1,7 @@
 """The recipes of the bundled model, run in miniature from the renders to a picture."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,25 @@ import torch
 from tiny import CONFIG, tiny
 
 import minisd
+from minisd.critters import depths
+from minisd.critters.oracle import targets
+from minisd.depth import depth_channel
 from minisd.files import read_tensors
+from minisd.schedule import plan
 from minisd.train import recipes
-from minisd.train.data import NEAR_MISSES, Captioned, Decodings, Latents, Renders
+from minisd.train.data import (
+    NEAR_MISSES,
+    Captioned,
+    Decodings,
+    Depths,
+    Distances,
+    Holes,
+    Labelled,
+    Latents,
+    Links,
+    Renders,
+)
+from minisd.train.losses import consistency_loss
 from minisd.train.workshop import Workshop
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
@@ -18,6 +35,7 @@ SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
 
 def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "CAPTIONS", 200)
+    monkeypatch.setattr("minisd.train.data.CHUNK", 24)
     text = dataclasses.replace(CONFIG.text, vocabulary=560, projection=128)
     shop = Workshop(tmp_path, torch.device("cpu"), renders=24, preset=dataclasses.replace(CONFIG, text=text))
     for name, (recipe, run) in recipes.RECIPES.items():
@@ -40,7 +58,7 @@ def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
         variant = minisd.load(tmp_path / f"tiny-{name}")
         assert all(a.equal(b) for a, b in zip(variant.vae.parameters(), sd.vae.parameters(), strict=True))
         if name == "depth":
-            drawn = variant.depth2img("a cat", picture, depth=picture, strength=1, **settings)
+            drawn = variant.depth2img("a cat", picture, strength=1, **settings)
         else:
             drawn = variant("a cat", **settings)
         assert drawn.info["model"] == f"tiny-{name}"
@@ -105,6 +123,74 @@ def test_mirrored_samples_come_with_the_mirrored_caption(renders, monkeypatch):
     nearest = (x0[:, None] - data.mean[indices]).square().flatten(2).sum(2).argmin(1)
     for side, row in zip(nearest.tolist(), batch["ids"], strict=True):
         assert sd.tokenizer.decode(row[1:-1]).replace("<|endoftext|>", "").strip() in ("", ("left", "right")[side])
+
+
+def seen(kind, renders, sd, count=200):
+    """A batch of many visits to the renders, and the clean latents in it."""
+    data = kind(renders, sd.vae, sd.tokenizer, sd.schedule)
+    indices = torch.arange(8).repeat(count // 8)
+    batch = data.batch(indices, torch.Generator().manual_seed(0))
+    alpha_bar = sd.schedule.alpha_bar.float()[batch["t"].long()].view(-1, 1, 1, 1)
+    x0 = alpha_bar.sqrt() * batch["x_t"][:, :4] - (1 - alpha_bar).sqrt() * batch["target"]
+    return indices, batch, x0
+
+
+def test_holes_hide_what_is_to_be_redrawn_and_nothing_else(renders):
+    indices, batch, _ = seen(Holes, renders, tiny())
+    image = renders.pictures(indices)
+    image = torch.where(batch["mirrored"][:, None, None, None], image.flip(3), image)
+    white, rest = batch["white"], batch["rest"]
+    assert set(white.unique().tolist()) == {0, 1}
+    assert (rest[(white == 1).expand_as(rest)] == 0).all() and rest.equal(torch.where(white == 1, 0, image))
+    share = white.mean((1, 2, 3))
+    assert 0.15 < (share == 1).float().mean() < 0.35 and (share > 0).all()  # a quarter is wholly redrawn
+    assert 0.1 < share[share < 1].mean() < 0.4
+
+
+def test_depths_belong_to_their_pictures(renders):
+    indices, batch, _ = seen(Depths, renders, tiny())
+    near = 1 / depths(renders.scenes, renders.size)
+    near = torch.where(batch["mirrored"][:, None, None, None], near[indices].flip(3), near[indices])
+    expected = depth_channel(near, (8, 8))
+    assert batch["x_t"].shape[1] == 5 and (batch["x_t"][:, 4:] - expected).abs().max() < 0.02  # kept in half precision
+
+    image = Distances(renders).batch(indices, torch.Generator().manual_seed(0))
+    mirrored = (image["image"] != renders.pictures(indices)).flatten(1).any(1)
+    sides = 8 / depths(renders.scenes, renders.size)[indices]
+    sides = torch.where(mirrored[:, None, None, None], sides.flip(3), sides)
+    assert 80 < mirrored.sum() < 120 and (image["disparity"] - sides).abs().max() < 0.002
+
+
+def test_links_join_the_times_of_fifty_steps(renders):
+    sd = tiny()
+    _, batch, x0 = seen(Links, renders, sd)
+    t, t_next = batch["t"].long(), batch["t_next"].long()
+    assert set(t.tolist()) <= set(plan(sd.schedule, 50, "trailing").timesteps.long().tolist()) and len(t.unique()) > 40
+    assert ((t - t_next == 20) | (t == 19)).all()
+    alpha_bar = sd.schedule.alpha_bar.float()
+    assert batch["alpha_bar"].flatten().equal(alpha_bar[t])
+    assert batch["alpha_bar_next"].flatten().equal(torch.where(t == 19, 1, alpha_bar[t_next]))
+
+    def knowing(x, t, context):  # a network that knows the clean latent: its v at any level of noise
+        level, clean = alpha_bar[t.long()].view(-1, 1, 1, 1), x0.repeat(len(x) // len(x0), 1, 1, 1)
+        eps = (x - level.sqrt() * clean) / (1 - level).sqrt()
+        return level.sqrt() * eps - (1 - level).sqrt() * clean
+
+    student = SimpleNamespace(text=lambda ids: torch.zeros(len(ids), 1, 1), unet=knowing)
+    assert consistency_loss(knowing, 4.0, student, batch)[0] < 1e-6  # all its jumps end at the same place
+    student.unet = lambda x, t, context: knowing(x, t, context) + t.view(-1, 1, 1, 1) / 1000
+    assert consistency_loss(knowing, 4.0, student, batch)[0] > 1e-4  # two neighbours say 0.02 apart
+
+
+def test_labels_are_those_of_the_scene_as_it_is_seen(renders):
+    indices, batch, _ = seen(Labelled, renders, tiny())
+    scenes = [
+        renders.scenes[i].mirrored() if m else renders.scenes[i]
+        for i, m in zip(indices.tolist(), batch["mirrored"].tolist(), strict=True)
+    ]
+    for name, index in targets(scenes).items():
+        if name != "eyes_at":
+            assert batch[name].equal(index), name
 
 
 def test_a_name_stands_for_its_recipes():

@@ -8,7 +8,6 @@ of training renders. `card.py` puts it all into the card.
 import argparse
 import json
 import platform
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -139,7 +138,6 @@ def main() -> None:
         drawn = draw_scenes(fast, scenes, sampler=samplers.lcm, schedule="lcm", steps=steps)
         result["adherence"][f"held-out, few-step variant, {steps} steps"] = counted(oracle, scenes, drawn)
     result["inpainting"] = inpainting(oracle, fresh, options.prompts)
-    result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Path(__file__).with_name("measured.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -158,6 +158,26 @@ class Decodings:
         return batch | {"z": self.mean[seen] + self.deviation[seen] * batch.pop("noise")}
 
 
+class Distances:
+    """What the depth estimator sees: pictures, half of them mirrored, and how near everything in them is."""
+
+    UNIT = 8.0  # heads: disparities are `UNIT / depth`, about 1 at the critter and 0.5 at the sky
+
+    def __init__(self, renders: Renders):
+        self.renders, self.disparities = renders, renders.disparities()
+
+    def __len__(self) -> int:
+        return len(self.renders)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        mirrored = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+        image, near = self.renders.pictures(indices), self.UNIT * self.disparities[indices]
+        return {
+            "image": torch.where(mirrored, image.flip(3), image),
+            "disparity": torch.where(mirrored, near.flip(3), near),
+        }
+
+
 class Captioned:
     """What the mini CLIP sees: pictures, half of them mirrored; a fresh caption of each, and false ones close to it."""
 

@@ -11,6 +11,7 @@ from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
 from ..critters.oracle import misreadings
 from ..denoiser import guide
+from ..depth import DPT
 from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch
@@ -89,6 +90,14 @@ def diffusion_loss(predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str
     """
     error = predictor(batch["x_t"], batch["t"], batch["ids"]).float() - batch["target"]
     return (batch["weight"] * error**2).mean(), {}
+
+
+def depth_loss(dpt: DPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Absolute error of disparities: renders know theirs, so that scale and shift, which MiDaS must leave out, count.
+
+    Batch: `image` [b 3 h w], `disparity` [b 1 h w].
+    """
+    return F.l1_loss(dpt(batch["image"]).float(), batch["disparity"]), {}
 
 
 def noise_loss(unet: UNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
-`inpaint`, `depth` and `lcm` make variants of the finished model, `classifier` reads its latents; `pixels` stands alone.
+`inpaint`, `depth` (with its `estimator`) and `lcm` make variants of the finished model, `classifier` reads its latents.
+`pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-128")` draws.
@@ -14,19 +15,29 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import nn
 
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
-from ..config import CRITTERS_128, CRITTERS_512, CRITTERS_CLASSIFIER, CRITTERS_IMAGE_TOWER, CRITTERS_PIXELS, ModelConfig
+from ..config import (
+    CRITTERS_128,
+    CRITTERS_512,
+    CRITTERS_CLASSIFIER,
+    CRITTERS_DEPTH,
+    CRITTERS_IMAGE_TOWER,
+    CRITTERS_PIXELS,
+    ModelConfig,
+)
 from ..critters import WORDS, Scene, caption
 from ..critters.oracle import Examples, Oracle, oracle_loss
+from ..depth import DPT
 from ..files import load_strictly, read_tensors
 from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_tokenizer, save_module
-from .data import Captioned, Decodings, Depths, Holes, Labelled, Latents, Links, Pictures, SmallPictures
+from .data import Captioned, Decodings, Depths, Distances, Holes, Labelled, Latents, Links, Pictures, SmallPictures
 from .loop import Record, TrainConfig, share
 from .losses import (
     Predictor,
@@ -34,6 +45,7 @@ from .losses import (
     clip_loss,
     consistency_loss,
     decoder_loss,
+    depth_loss,
     diffusion_loss,
     inpainting_loss,
     noise_loss,
@@ -49,6 +61,7 @@ CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warm
 UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
+ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
 LCM_RUN = TrainConfig(steps=1_500, batch_size=32, lr=5e-4, warmup=100, cooldown=0.5, ema=0.998, seed=4)
 CLASSIFIER_RUN = TrainConfig(steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6)
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
@@ -138,9 +151,23 @@ def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     yield from shop.variant("inpaint", shop.latents(Holes), loss, run, beside=1 + shop.config.vae.latent_channels)
 
 
+def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Record]:
+    """The depth estimator of the variant `depth`."""
+
+    def make() -> DPT:
+        module = DPT(CRITTERS_DEPTH)
+        nn.init.ones_(module.head[-2].bias)  # a disparity below zero is cut off, and would learn nothing
+        return module
+
+    module = shop.fresh(make, run.seed)
+    yield from shop.run("estimator", module, depth_loss, Distances(shop.data()), run)
+    if share()[0] == 0:
+        save_module(module, shop.beside("depth") / "depth.safetensors")
+
+
 def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A variant that is also shown how near everything is to be."""
-    yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1)
+    yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
 def lcm(shop: Workshop, run: TrainConfig = LCM_RUN) -> Iterator[Record]:
@@ -173,6 +200,7 @@ RECIPES = {
     "decoder": (decoder, DECODER_RUN),
     "oracle": (oracle, ORACLE_RUN),
     "inpaint": (inpaint, VARIANT_RUN),
+    "estimator": (estimator, ESTIMATOR_RUN),
     "depth": (depth, VARIANT_RUN),
     "lcm": (lcm, LCM_RUN),
     "classifier": (classifier, CLASSIFIER_RUN),

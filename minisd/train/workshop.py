@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,8 +87,14 @@ class Workshop:
                 save_module(module, self.model / f"{name}.safetensors")
             write_config(self.model, config)
 
+    def beside(self, variant: str) -> Path:
+        """The folder of a variant of the model."""
+        folder = self.folder / f"{self.preset.name}-{variant}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def variant(
-        self, name: str, data: Latents, loss: Callable, run: TrainConfig, beside: int = 0, **changed: float
+        self, name: str, data: Latents, loss: Callable, run: TrainConfig, beside: int = 0, **changed: Any
     ) -> Iterator[Record]:
         """Another model that shares all parts of this one, with low-rank changes of its noise predictor.
 
@@ -109,8 +116,7 @@ class Workshop:
         module = self.fresh(make, run.seed)
         yield from self.run(name, module, loss, data, run)
         if share()[0] == 0:
-            folder = self.folder / config.name
-            folder.mkdir(exist_ok=True)
+            folder = self.beside(name)
             first = {f"conv_in.{key}": t for key, t in module.unet.conv_in.state_dict().items()} if beside else {}
             save_tensors(folder / "unet.lora.safetensors", first | lora.changes(module.unet))
             write_config(folder, config)

@@ -1,0 +1,109 @@
+"""Put the files' sums and what measure.py found into the card: `python assets/models/card.py` rewrites README.md.
+
+What stands between `<!-- name -->` and `<!-- end -->` there is written here; everything else is prose.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from minisd.critters import WORDS
+from minisd.files import read_tensors, sha256
+
+HERE = Path(__file__).parent
+WHAT = {
+    "unet.safetensors": "the noise predictor",
+    "vae.safetensors": "the autoencoder",
+    "text.safetensors": "the text tower",
+    "image_tower.safetensors": "the mini CLIP's image tower",
+    "classifier.safetensors": "a classifier of noisy latents",
+    "unet.lora.safetensors": "changes of the noise predictor of `critters-128`",
+    "pixels.safetensors": "a noise predictor for pictures of 32 x 32, without words",
+    "oracle.safetensors": "reads attributes back from pictures",
+}
+ATTRIBUTES = [name for name in WORDS if name != "studio"]
+
+
+def table(*rows: Iterable[str]) -> str:
+    """Rows of cells, the first one the head."""
+    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rest])
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def files() -> str:
+    rows = [("file", "what", "numbers", "size", "SHA-256")]
+    for path in sorted(HERE.rglob("*.safetensors"), key=lambda p: (len(p.parts), p)):
+        numbers = sum(t.numel() for t in read_tensors(path).values())
+        name = path.relative_to(HERE).as_posix()
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        rows.append((f"`{name}`", WHAT[path.name], f"{numbers / 1e6:.2f} M", size, f"`{sha256(path)}`"))
+    return table(*rows)
+
+
+def obeyed(counts: dict[str, list[int]], accuracy: dict | None = None) -> list[str]:
+    """Shares by attribute, and their mean; where an accuracy is given, divided by the oracle's."""
+    shares = [counts[a][0] / counts[a][1] / (accuracy[a]["all"] if accuracy else 1) for a in ATTRIBUTES]
+    return [percent(share) for share in (*shares, sum(shares) / len(shares))]
+
+
+def adherence(measured: dict) -> str:
+    rows = [[name, str(max(n for _, n in c.values())), *obeyed(c)] for name, c in measured["adherence"].items()]
+    best = "held-out, guidance 4, 20 steps"
+    divided = obeyed(measured["adherence"][best], measured["oracle_on_renders"])
+    last = [f"{best}, divided by the oracle's accuracy", "", *divided]
+    return table(("read back", "prompts", *ATTRIBUTES, "mean"), *rows, last)
+
+
+def oracle(measured: dict) -> str:
+    def shares(read: dict) -> list[str]:
+        return [f"{100 * read[a]['all']:.1f}%" for a in ATTRIBUTES]
+
+    return table(
+        ("on", *ATTRIBUTES),
+        [f"{measured['renders']} fresh renders", *shares(measured["oracle_on_renders"])],
+        ["the autoencoder's reconstructions of them", *shares(measured["oracle_on_reconstructions"])],
+    )
+
+
+def styles(measured: dict) -> str:
+    read = measured["oracle_on_renders"]
+    rows = [
+        [style, *(f"{100 * read[a][style]:.1f}%" if style in read[a] else "-" for a in ATTRIBUTES)]
+        for style in WORDS["style"]
+    ]
+    return table(("style", *ATTRIBUTES), *rows)
+
+
+def inpainting(measured: dict) -> str:
+    rows = []
+    for name in ("critters-128", "critters-128-inpaint"):
+        found = measured["inpainting"][name]
+        rows.append(
+            [name, *obeyed(found["adherence"]), f"{found['psnr_in_the_hole']:.1f} dB", f"{found['frechet']:.1f}"]
+        )
+    return table(("filled by", *ATTRIBUTES, "mean", "PSNR in the hole", "Fréchet distance"), *rows)
+
+
+BLOCKS = {"adherence": adherence, "oracle": oracle, "styles": styles, "inpainting": inpainting}
+
+
+def written(card: str) -> str:
+    """The card with everything between its marks made anew."""
+    measured = json.loads((HERE / "measured.json").read_text(encoding="utf-8"))
+    blocks = {"files": files(), **{name: make(measured) for name, make in BLOCKS.items()}}
+    for name, block in blocks.items():
+        start, end = f"<!-- {name} -->\n\n", "\n\n<!-- end -->"
+        before, _, rest = card.partition(start)
+        _, _, after = rest.partition(end)
+        assert after, f"the card has no place for {name}"
+        card = before + start + block + end + after
+    return card
+
+
+if __name__ == "__main__":
+    path = HERE / "README.md"
+    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
