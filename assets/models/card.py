@@ -88,7 +88,16 @@ def inpainting(measured: dict) -> str:
     return table(("filled by", *ATTRIBUTES, "mean", "PSNR in the hole", "Fréchet distance"), *rows)
 
 
-BLOCKS = {"adherence": adherence, "oracle": oracle, "styles": styles, "inpainting": inpainting}
+def zero_shot(measured: dict) -> str:
+    found = measured["zero_shot"]
+    return table(
+        ("", *found),
+        ["right", *(percent(f["right"]) for f in found.values())],
+        ["by chance", *(percent(f["chance"]) for f in found.values())],
+    )
+
+
+BLOCKS = {"zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles, "inpainting": inpainting}
 
 
 def written(card: str) -> str:

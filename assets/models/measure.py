@@ -6,10 +6,12 @@ of training renders. `card.py` puts it all into the card.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from torch import Tensor
 
 import minisd
 from minisd import image, samplers
-from minisd.critters import Scene, prompt
-from minisd.critters.oracle import Oracle, accuracy
+from minisd.clip import ImageTower
+from minisd.config import CRITTERS_IMAGE_TOWER
+from minisd.critters import WORDS, Scene, prompt
+from minisd.critters.oracle import Oracle, accuracy, shown
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
 from minisd.pipeline import StableDiffusion
 from minisd.train.data import Renders, holes
+from minisd.weights import read_module, resolve
 
 SETTINGS = [  # split, guidance, steps
     *[("train", 1, 20), ("held-out", 1, 20), ("held-out", 2, 20), ("held-out", 4, 20), ("held-out", 7, 20)],
@@ -84,6 +89,26 @@ def as_a_set(oracle: Oracle, drawn: Tensor, pictures: Tensor, rebuilt: Tensor, t
     }
 
 
+def zero_shot(sd: StableDiffusion, scenes: list[Scene], pictures: Tensor) -> dict[str, dict[str, float]]:
+    """How often the mini CLIP finds the right one among a scene's prompts with each word of one attribute."""
+    config = dataclasses.replace(CRITTERS_IMAGE_TOWER, size=sd.config.size)
+    tower = read_module(ImageTower(config), resolve(None) / "image_tower.safetensors")
+    found = {name: [] for name in WORDS if name != "studio"}
+    for scene, own in zip(scenes, tower.embed(pictures), strict=True):
+        for name in filter(lambda name: shown(scene, name), found):
+            texts = {prompt(scene): True}  # where a prompt leaves a word unsaid, two may be one
+            for word in set(WORDS[name]) - {getattr(scene, name)}:
+                with suppress(ValueError):  # a coat that can't be
+                    texts.setdefault(prompt(dataclasses.replace(scene, **{name: word})), False)
+            if len(texts) > 1:
+                best = (sd.text.embed(sd.tokenizer(list(texts))) @ own).argmax().item()
+                found[name].append((best == 0, 1 / len(texts)))
+    return {
+        name: {"right": sum(r for r, _ in f) / len(f), "chance": sum(c for _, c in f) / len(f), "count": len(f)}
+        for name, f in found.items()
+    }
+
+
 def inpainting(oracle: Oracle, fresh: Renders, count: int) -> dict:
     """The same holes filled by the variant that is shown them, and by the base model, which is not."""
     pictures = all_pictures(fresh)[:count]
@@ -120,6 +145,8 @@ def main() -> None:
     rebuilt = torch.cat([sd.decode(sd.encode(some)) for some in pictures.split(50)])
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
     result |= autoencoder(sd, oracle, fresh, pictures, rebuilt)
+
+    result["zero_shot"] = zero_shot(sd, fresh.scenes[:400], pictures[:400])
 
     scenes, start = scenes_of("train", len(fresh) // 2), time.perf_counter()
     drawn = draw_scenes(sd, scenes, guidance=4)
