@@ -176,7 +176,7 @@ def train(
 ) -> None:
     """Train a bundled model or a part of it; a stopped run goes on where it was. Under torchrun, on many devices.
 
-    When the model is whole: its variants inpaint, depth (and estimator), lcm; a classifier. Alone: oracle, pixels.
+    When the model is whole: its variants inpaint, depth, estimator, distilled; classifier. Alone: oracle, pixels.
     """
     from .train.loop import share, start_processes
     from .train.recipes import PRESETS, chosen

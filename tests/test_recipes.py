@@ -24,10 +24,10 @@ from minisd.train.data import (
     Holes,
     Labelled,
     Latents,
-    Links,
     Renders,
+    Stages,
 )
-from minisd.train.losses import consistency_loss
+from minisd.train.losses import distillation_loss
 from minisd.train.workshop import Workshop
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
@@ -54,7 +54,7 @@ def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
     picture = sd("a cat", seed=1, steps=2, progress=False)
     assert picture.size == (64, 64)
     settings = {"seed": 1, "steps": 2, "guidance": 3, "progress": False}
-    for name in ("inpaint", "depth", "lcm"):
+    for name in ("inpaint", "depth", "distilled"):
         variant = minisd.load(tmp_path / f"tiny-{name}")
         assert all(a.equal(b) for a, b in zip(variant.vae.parameters(), sd.vae.parameters(), strict=True))
         if name == "depth":
@@ -161,25 +161,40 @@ def test_depths_belong_to_their_pictures(renders):
     assert 80 < mirrored.sum() < 120 and (image["disparity"] - sides).abs().max() < 0.002
 
 
-def test_links_join_the_times_of_fifty_steps(renders):
+class Knowing:
+    """A network that knows the clean latents: it says their v, and how far it is off."""
+
+    def __init__(self, sd, x0, off=0.0):
+        self.alpha_bar, self.conv_in, self.x0, self.off = sd.schedule.alpha_bar.float(), sd.unet.conv_in, x0, off
+
+    def __call__(self, x_t, t, context, label=None):
+        alpha_bar = self.alpha_bar[t.round().long()].view(-1, 1, 1, 1)
+        x0 = self.x0.repeat(len(x_t) // len(self.x0), 1, 1, 1)
+        return (alpha_bar.sqrt() * x_t - x0) / (1 - alpha_bar).sqrt() + self.off
+
+
+def test_stages_join_the_levels_of_four_steps(renders):
     sd = tiny()
-    _, batch, x0 = seen(Links, renders, sd)
-    t, t_next = batch["t"].long(), batch["t_next"].long()
-    assert set(t.tolist()) <= set(plan(sd.schedule, 50, "trailing").timesteps.long().tolist()) and len(t.unique()) > 40
-    assert ((t - t_next == 20) | (t == 19)).all()
-    alpha_bar = sd.schedule.alpha_bar.float()
-    assert batch["alpha_bar"].flatten().equal(alpha_bar[t])
-    assert batch["alpha_bar_next"].flatten().equal(torch.where(t == 19, 1, alpha_bar[t_next]))
+    data = Stages(renders, sd.vae, sd.tokenizer, sd.schedule)
+    levels = plan(sd.schedule, 4, "trailing").sigmas.float()
+    visited = set()
+    for step in range(30):
+        batch = data.batch(torch.arange(8), torch.Generator().manual_seed(step))
+        sigmas = batch["sigmas"][0]
+        assert (batch["sigmas"] == sigmas).all() and (sigmas.diff() < 0).all()
+        stage = levels.tolist().index(sigmas[0])
+        assert sigmas[-1] == levels[stage + 1] and sd.schedule.sigma(batch["t"][0]).float() == sigmas[0]
+        visited.add(stage)
 
-    def knowing(x, t, context):  # a network that knows the clean latent: its v at any level of noise
-        level, clean = alpha_bar[t.long()].view(-1, 1, 1, 1), x0.repeat(len(x) // len(x0), 1, 1, 1)
-        eps = (x - level.sqrt() * clean) / (1 - level).sqrt()
-        return level.sqrt() * eps - (1 - level).sqrt() * clean
+        alpha_bar = sd.schedule.alpha_bar.float()[batch["t"].long()].view(-1, 1, 1, 1)
+        x0 = alpha_bar.sqrt() * batch["x_t"] - (1 - alpha_bar).sqrt() * batch["target"]
 
-    student = SimpleNamespace(text=lambda ids: torch.zeros(len(ids), 1, 1), unet=knowing)
-    assert consistency_loss(knowing, 4.0, student, batch)[0] < 1e-6  # all its jumps end at the same place
-    student.unet = lambda x, t, context: knowing(x, t, context) + t.view(-1, 1, 1, 1) / 1000
-    assert consistency_loss(knowing, 4.0, student, batch)[0] > 1e-4  # two neighbours say 0.02 apart
+        text, knowing = (lambda ids: torch.zeros(len(ids), 1, 16)), Knowing(sd, x0)
+        student = SimpleNamespace(text=text, unet=knowing)
+        assert distillation_loss(knowing, sd.schedule, 4.0, student, batch)[0] < 1e-5  # all ways lead to x0
+        student.unet = Knowing(sd, x0, off=0.1)
+        assert distillation_loss(knowing, sd.schedule, 4.0, student, batch)[0] == pytest.approx(0.01, rel=0.05)
+    assert visited == {0, 1, 2, 3}
 
 
 def test_labels_are_those_of_the_scene_as_it_is_seen(renders):

@@ -17,7 +17,7 @@ WHAT = {  # recipes, and what their losses are
     "unet": "the noise predictor:\nsquared error of v",
     "clip": "the mini CLIP:\ncross-entropy",
     "inpaint": "inpainting:\nsquared error of v",
-    "lcm": "few steps:\nsquared distance of two jumps",
+    "distilled": "four steps instead of many:\nsquared error",
 }
 
 

@@ -21,7 +21,7 @@ from ..critters.captions import near_misses
 from ..critters.oracle import MIRRORED_LOOK, targets
 from ..depth import depth_channel
 from ..files import replacing
-from ..schedule import LCM_STEPS, NoiseSchedule, linear
+from ..schedule import NoiseSchedule, linear, plan
 from ..tokenizer import Tokenizer
 from ..vae import VAE
 from .loop import Batch, share
@@ -302,26 +302,23 @@ class Labelled(Latents):
         return batch | labels
 
 
-class Links(Latents):
-    """What a consistency model is distilled on: noisy latents at the times of 50 steps, and the next time of each.
-
-    The last link ends at the clean latent, whose alpha_bar is 1.
+class Stages(Latents):
+    """What a model of few steps is distilled on: latents at one of its noise levels, and the teacher's levels from
+    there to its next one. All samples of a batch are at the same level.
     """
 
+    STEPS, SUBSTEPS = 4, 3  # of the student; of the teacher, to each of the student's
+
     def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
-        step = len(self.schedule.betas) // LCM_STEPS
-        return step * torch.randint(1, LCM_STEPS + 1, (count,), generator=generator) - 1
+        visited = plan(self.schedule, self.STEPS, "trailing").timesteps.long()
+        return visited[torch.randint(self.STEPS, (1,), generator=generator)].expand(count)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        batch = super().batch(indices, generator)
-        t_next = batch["t"] - len(self.schedule.betas) // LCM_STEPS
-        alpha_bar = torch.cat([self.schedule.alpha_bar, torch.ones(1)]).float()  # the last one, at -1: no noise
-        return batch | {
-            "t_next": t_next.clamp(min=0),
-            "alpha_bar": alpha_bar[batch["t"].long()].view(-1, 1, 1, 1),
-            "alpha_bar_next": alpha_bar[t_next.long()].view(-1, 1, 1, 1),
-            "empty": self.tokenizer([""]).expand(len(indices), -1),
-        }
+        batch, count = super().batch(indices, generator), len(indices)
+        path = plan(self.schedule, self.STEPS * self.SUBSTEPS, "trailing")
+        first = path.timesteps.tolist().index(batch["t"][0])
+        sigmas = path.sigmas[first : first + self.SUBSTEPS + 1].float()
+        return batch | {"sigmas": sigmas.expand(count, -1), "empty": self.tokenizer([""]).expand(count, -1)}
 
 
 class SmallPictures:

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .. import samplers
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
 from ..critters.oracle import misreadings
-from ..denoiser import guide
+from ..denoiser import Denoiser
 from ..depth import DPT
+from ..schedule import NoiseSchedule
 from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch
@@ -121,36 +123,33 @@ def inpainting_loss(vae: VAE, predictor: Predictor, batch: Batch) -> tuple[Tenso
     return diffusion_loss(predictor, batch | {"x_t": x})
 
 
-def consistency_loss(
-    teacher: UNet, guidance: float, student: Predictor, batch: Batch
+def distillation_loss(
+    teacher: UNet, schedule: NoiseSchedule, guidance: float, student: Predictor, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far two jumps to the clean latent are apart: from a noisy latent, and from where the teacher takes it next.
+    """How far the student's one step ends from where several guided steps of the teacher end.
 
-    (Latent consistency distillation: Luo et al. 2023, equation 16; the second jump is the student's own, as in Song &
-    Dhariwal 2024, section 3.2.) The teacher's step is one of DDIM with guidance. Both networks predict v: that a jump
-    from no noise at all leads nowhere (Song et al. 2023, equation 5) holds by itself.
+    (Salimans & Ho 2022, algorithm 2, with more than two steps in one; guidance goes in as well: Meng et al. 2023,
+    section 3.) What the student should have taken for the clean latent to get there is its target, weighted as v is.
 
-    Batch: `x_t` [b c h w], `ids` [b n], `empty` [b n], the tokens of no words; times `t` [b] and `t_next` [b], and
-    `alpha_bar`, `alpha_bar_next` [b 1 1 1] at them.
+    Batch: `x_t` [b c h w], `ids` [b n], `empty` [b n], the tokens of no words, and `sigmas` [b k + 1], the teacher's
+    noise levels, the same in every row.
     """
-
-    def jump(v: Tensor, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latent and the noise that a prediction means."""
-        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return signal * x - noise * v, noise * x + signal * v
-
-    x, t, t_next, alpha_bar, alpha_bar_next = (
-        batch[name] for name in ("x_t", "t", "t_next", "alpha_bar", "alpha_bar_next")
-    )
+    sigmas = batch["sigmas"][0]
+    first, last = sigmas[0], sigmas[-1]
+    x = batch["x_t"] * (1 + first**2).sqrt()
     with torch.no_grad():
-        context = student.text(torch.cat([batch["ids"], batch["empty"]]))
-        cond, uncond = teacher(torch.cat([x, x]), torch.cat([t, t]), context).float().chunk(2)
-        x0, eps = jump(guide(cond, uncond, guidance), x, alpha_bar)
-        x_next = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * eps
-        context = context[: len(x)]
-        target, _ = jump(student.unet(x_next, t_next, context).float(), x_next, alpha_bar_next)
-    landed, _ = jump(student.unet(x, t, context).float(), x, alpha_bar)
-    return F.mse_loss(landed, target), {}
+        context, empty = student.text(torch.cat([batch["ids"], batch["empty"]])).chunk(2)
+        denoise = Denoiser(teacher, schedule, "v", context, empty, guidance)
+        *_, (x_next, _) = samplers.dpmpp_2m(denoise, x, sigmas, no_noise)
+        ratio = last / first  # Euler's step is x_next = x0 + ratio (x - x0)
+        target = (x_next - ratio * x) / (1 - ratio)
+    x0 = Denoiser(student.unet, schedule, "v", context)(x, first)
+    return (1 + 1 / first**2) * F.mse_loss(x0, target), {}
+
+
+def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """For samplers that need none."""
+    raise AssertionError("this sampler draws no noise")
 
 
 def classifier_loss(classifier: NoisyClassifier, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
-`inpaint`, `depth` (with its `estimator`) and `lcm` make variants of the finished model, `classifier` reads its latents.
-`pixels` stands alone.
+`inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `classifier` reads its
+latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-128")` draws.
@@ -37,16 +37,16 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_tokenizer, save_module
-from .data import Captioned, Decodings, Depths, Distances, Holes, Labelled, Latents, Links, Pictures, SmallPictures
+from .data import Captioned, Decodings, Depths, Distances, Holes, Labelled, Latents, Pictures, SmallPictures, Stages
 from .loop import Record, TrainConfig, share
 from .losses import (
     Predictor,
     classifier_loss,
     clip_loss,
-    consistency_loss,
     decoder_loss,
     depth_loss,
     diffusion_loss,
+    distillation_loss,
     inpainting_loss,
     noise_loss,
     vae_loss,
@@ -60,9 +60,9 @@ DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema
 CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
-VARIANT_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
+VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
-LCM_RUN = TrainConfig(steps=1_500, batch_size=32, lr=5e-4, warmup=100, cooldown=0.5, ema=0.998, seed=4)
+DISTILLED_RUN = TrainConfig(steps=600, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4)
 CLASSIFIER_RUN = TrainConfig(steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6)
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
 
@@ -170,11 +170,11 @@ def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
-def lcm(shop: Workshop, run: TrainConfig = LCM_RUN) -> Iterator[Record]:
-    """A variant that draws in 4 steps: guidance is distilled into it, so that it needs none (Luo et al. 2023)."""
-    teacher = shop.part("unet", UNet(shop.config.unet))
-    loss = partial(consistency_loss, teacher, shop.config.guidance)
-    yield from shop.variant("lcm", shop.latents(Links), loss, run, guidance=1.0)
+def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Record]:
+    """A variant that draws in 4 steps of Euler, and needs no guidance: it is distilled into it."""
+    teacher, schedule = shop.part("unet", UNet(shop.config.unet)), from_config(shop.config.schedule)
+    loss = partial(distillation_loss, teacher, schedule, shop.config.guidance)
+    yield from shop.variant("distilled", shop.latents(Stages), loss, run, guidance=1.0)
 
 
 def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Record]:
@@ -202,7 +202,7 @@ RECIPES = {
     "inpaint": (inpaint, VARIANT_RUN),
     "estimator": (estimator, ESTIMATOR_RUN),
     "depth": (depth, VARIANT_RUN),
-    "lcm": (lcm, LCM_RUN),
+    "distilled": (distilled, DISTILLED_RUN),
     "classifier": (classifier, CLASSIFIER_RUN),
     "pixels": (pixels, PIXELS_RUN),
 }
