@@ -78,16 +78,6 @@ def styles(measured: dict) -> str:
     return table(("style", *ATTRIBUTES), *rows)
 
 
-def inpainting(measured: dict) -> str:
-    rows = []
-    for name in ("critters-128", "critters-128-inpaint"):
-        found = measured["inpainting"][name]
-        rows.append(
-            [name, *obeyed(found["adherence"]), f"{found['psnr_in_the_hole']:.1f} dB", f"{found['frechet']:.1f}"]
-        )
-    return table(("filled by", *ATTRIBUTES, "mean", "PSNR in the hole", "Fréchet distance"), *rows)
-
-
 def zero_shot(measured: dict) -> str:
     found = measured["zero_shot"]
     return table(
@@ -97,7 +87,7 @@ def zero_shot(measured: dict) -> str:
     )
 
 
-BLOCKS = {"zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles, "inpainting": inpainting}
+BLOCKS = {"zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles}
 
 
 def written(card: str) -> str:

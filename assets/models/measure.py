@@ -13,20 +13,19 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import minisd
-from minisd import image, samplers
+from minisd import samplers
 from minisd.clip import ImageTower
 from minisd.config import CRITTERS_IMAGE_TOWER
 from minisd.critters import WORDS, Scene, prompt
 from minisd.critters.oracle import Oracle, accuracy, shown
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
 from minisd.pipeline import StableDiffusion
-from minisd.train.data import Renders, holes
+from minisd.train.data import Renders
 from minisd.weights import read_module, resolve
 
 SETTINGS = [  # split, guidance, steps
@@ -109,28 +108,6 @@ def zero_shot(sd: StableDiffusion, scenes: list[Scene], pictures: Tensor) -> dic
     }
 
 
-def inpainting(oracle: Oracle, fresh: Renders, count: int) -> dict:
-    """The same holes filled by the variant that is shown them, and by the base model, which is not."""
-    pictures = all_pictures(fresh)[:count]
-    scenes, masks = fresh.scenes[:count], holes(count, fresh.size, torch.Generator().manual_seed(0))
-    result: dict[str, Any] = {"count": count, "masked": masks.mean().item()}
-    for name in ("critters-128", "critters-128-inpaint"):
-        sd, filled = minisd.load(name), []
-        for i, scene in enumerate(scenes):
-            picture, mask = (
-                image.to_pil(pictures[i : i + 1])[0],
-                image.to_pil(2 * masks[i : i + 1].expand(-1, 3, -1, -1) - 1)[0],
-            )
-            filled.append(image.from_pil(sd.inpaint(prompt(scene), picture, mask, seed=i, guidance=4, progress=False)))
-        filled = torch.cat(filled)
-        result[name] = {
-            "adherence": counted(oracle, scenes, filled),
-            "psnr_in_the_hole": psnr(filled, pictures, masks).mean().item(),
-            "frechet": frechet_distance(features(oracle, filled), features(oracle, pictures)),
-        }
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--renders", type=int, default=2000)
@@ -164,7 +141,6 @@ def main() -> None:
     for steps in FEW:
         drawn = draw_scenes(fast, scenes, sampler=samplers.euler, schedule="trailing", steps=steps)
         result["adherence"][f"held-out, distilled variant, {steps} steps"] = counted(oracle, scenes, drawn)
-    result["inpainting"] = inpainting(oracle, fresh, options.prompts)
     Path(__file__).with_name("measured.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
