@@ -57,12 +57,12 @@ CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
 DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
-CLIP_RUN = TrainConfig(steps=600, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
+CLIP_RUN = TrainConfig(steps=1_400, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
-DISTILLED_RUN = TrainConfig(steps=600, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4)
+DISTILLED_RUN = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4)
 CLASSIFIER_RUN = TrainConfig(steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6)
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
 
