@@ -1,5 +1,6 @@
 """What is bundled: every file named with its SHA-256 beside it, small enough, and able to draw."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ WEIGHTS = sorted((assets() / "models").rglob("*.safetensors"))
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda p: p.name)
 def test_every_file_of_weights_is_the_one_its_card_describes(path):
     assert sha256(path) in (assets() / "models" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_card_are_what_was_measured():
+    made = runpy.run_path(str(assets() / "models" / "card.py"))["written"]
+    card = (assets() / "models" / "README.md").read_text(encoding="utf-8")
+    assert made(card) == card
 
 
 def test_all_weights_stay_below_40_mib():

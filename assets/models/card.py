@@ -16,9 +16,7 @@ WHAT = {
     "vae.safetensors": "the autoencoder",
     "text.safetensors": "the text tower",
     "image_tower.safetensors": "the mini CLIP's image tower",
-    "classifier.safetensors": "a classifier of noisy latents",
     "unet.lora.safetensors": "changes of the noise predictor of `critters-128`",
-    "pixels.safetensors": "a noise predictor for pictures of 32 x 32, without words",
     "oracle.safetensors": "reads attributes back from pictures",
 }
 ATTRIBUTES = [name for name in WORDS if name != "studio"]

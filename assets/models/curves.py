@@ -8,6 +8,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
+
 from minisd import image
 from minisd.plots import curves, show
 
@@ -35,10 +37,14 @@ def thinned(losses: dict[int, float], points: int = 50) -> tuple[list[float], li
     return [statistics.mean(part) for part in parts], [statistics.mean(losses[s] for s in part) for part in parts]
 
 
+def few_ticks(axes: Axes) -> None:
+    axes.locator_params(axis="x", nbins=4)
+
+
 def main(folder: Path) -> None:
     tables = {what: folder / f"critters-128-{name}.csv" for name, what in WHAT.items()}
     runs = {what: thinned(read(path)) for what, path in tables.items() if path.exists()}
-    panels = [curves(steps, {"": losses}, "step", "loss") for steps, losses in runs.values()]
+    panels = [[curves(steps, {"": losses}, "step", "loss"), few_ticks] for steps, losses in runs.values()]
     image.save(show(*panels, titles=list(runs), columns=3, width=2.8, height=2.2), HERE / "curves.png", force=True)
 
 
