@@ -15,7 +15,6 @@ from tqdm import tqdm
 from . import checks, samplers
 from . import download as downloads
 from . import image as images
-from .weights import BUNDLED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -170,23 +169,22 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 def train(
     recipe: Annotated[str, typer.Argument(help="vae, unet, clip, decoder; or all, these four.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
-    preset: Annotated[str, typer.Option(help="The model's sizes: critters-128; critters-512, on a GPU.")] = BUNDLED,
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
-    """Train a bundled model or a part of it; a stopped run goes on where it was. Under torchrun, on many devices.
+    """Train the bundled model or a part of it, best on a GPU; a stopped run goes on where it was. torchrun works.
 
     When the model is whole: its variants inpaint, depth, estimator, distilled; classifier. Alone: oracle, pixels.
     """
     from .train.loop import share, start_processes
-    from .train.recipes import PRESETS, chosen
+    from .train.recipes import chosen
     from .train.workshop import RENDERS, Workshop
 
-    recipes = chosen(recipe, preset)
+    recipes = chosen(recipe)
     if steps is not None:
         steps = checks.integer("steps", steps, 1, 10**9)
     renders = checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9)
-    shop = Workshop(folder, start_processes(), renders, PRESETS[preset])
+    shop = Workshop(folder, start_processes(), renders)
     for name, function, run in recipes:
         run = run if steps is None else dataclasses.replace(run, steps=steps)
         with tqdm(total=run.steps, desc=name, disable=share()[0] > 0) as bar:

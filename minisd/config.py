@@ -150,28 +150,25 @@ SD_X4 = dataclasses.replace(
     vae=VAEConfig(widths=(128, 256, 512), scaling=0.08333),
 )
 
-CRITTERS_128 = ModelConfig(
-    name="critters-128",
-    size=128,
+CRITTERS_512 = ModelConfig(
+    name="critters-512",
     prediction="v",
     guidance=4.0,
-    unet=UNetConfig(widths=(48, 96, 144), blocks=1, attention=(True,) * 3, heads=3, context_dim=128, groups=12),
+    # At the last step of Stable Diffusion's own schedule 4,096 noisy cells together still show how bright a picture is.
+    schedule=ScheduleConfig(ends=(0.00085, 0.02)),
+    unet=UNetConfig(
+        widths=(32, 64, 128, 128), blocks=1, attention=(False, True, True, True), heads=4, context_dim=128, groups=8
+    ),
     vae=VAEConfig(widths=(16, 32, 64, 128), blocks=1, groups=4, scaling=1.0),
     text=TextConfig(vocabulary=1024, width=128, layers=4, heads=4, projection=128),
-)
-CRITTERS_512 = dataclasses.replace(
-    CRITTERS_128,
-    name="critters-512",
-    size=512,
-    unet=UNetConfig(
-        widths=(32, 64, 96, 144), blocks=1, attention=(False, True, True, True), heads=4, context_dim=128, groups=8
-    ),
 )
 CRITTERS_IMAGE_TOWER = ImageTowerConfig()
 CRITTERS_DEPTH = DepthConfig(
     size=128, stem=16, widths=(32, 64, 128), blocks=(1, 1, 2), groups=8, width=96, heads=4, taps=(1, 3), fusion=32
 )
-CRITTERS_CLASSIFIER = dataclasses.replace(CRITTERS_128.unet, attention=(False, True, True), context_dim=None)
+CRITTERS_CLASSIFIER = dataclasses.replace(
+    CRITTERS_512.unet, widths=(32, 64, 96, 96), attention=(False, False, True, True), context_dim=None
+)
 CRITTERS_PIXELS = UNetConfig(  # draws pictures of 32 x 32 themselves, without words
     in_channels=3, out_channels=3, widths=(32, 48, 64), blocks=1, attention=(False, True, True), heads=4,
     context_dim=None, groups=8,

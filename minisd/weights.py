@@ -27,7 +27,7 @@ from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 
-BUNDLED = "critters-128"
+BUNDLED = "critters-512"
 
 
 def assets() -> Path:

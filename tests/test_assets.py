@@ -49,4 +49,4 @@ def test_the_bundled_model_draws_what_the_prompt_says_in_colour():
 def test_the_schedule_of_the_bundled_model_is_stable_diffusions():
     sd = minisd.load()
     assert torch.allclose(sd.schedule.alpha_bar, minisd.schedule.scaled_linear().alpha_bar)
-    assert Path(assets() / "models" / "critters-128" / "config.json").is_file()
+    assert Path(assets() / "models" / "critters-512" / "config.json").is_file()

@@ -305,7 +305,6 @@ USAGE = [
     (["info", "missing.safetensors"], r"missing\.safetensors"),
     (["info", "text.safetensors"], r"text\.safetensors"),
     (["train", "everything"], "'everything'.*unet"),
-    (["train", "vae", "--preset", "critters-64"], "'critters-64'.*critters-128"),
     (["train", "vae", "--steps", "0"], "steps is 0"),
     (["train", "vae", "--renders", "0"], "renders is 0"),
 ]

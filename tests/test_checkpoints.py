@@ -316,7 +316,7 @@ def test_a_model_is_found_by_file_by_folder_and_by_name(tmp_path):
     for path in (tmp_path / "folder", tmp_path / "x.safetensors"):
         assert minisd.load(path).config == V1
         assert minisd.load(str(path), dtype=torch.float16).dtype == torch.float16
-    with pytest.raises(CheckpointError, match="critters-128"):
+    with pytest.raises(CheckpointError, match="critters-512"):
         minisd.load(tmp_path)
 
 
@@ -348,8 +348,8 @@ def test_info_tells_what_a_checkpoint_is(tmp_path, monkeypatch, capsys):
     told = said(monkeypatch, capsys, tmp_path / "folder", "--keys")
     assert "small x4, a diffusers folder\npredicts v\n" in told and "float16" in told
     assert "unet.conv_in.weight <- unet/conv_in.weight\n" in told
-    told = said(monkeypatch, capsys, weights.assets() / "models" / "critters-128")
-    assert told.startswith("critters-128, a folder of minisd\n") and "\nunet: " in told
+    told = said(monkeypatch, capsys, weights.assets() / "models" / "critters-512")
+    assert told.startswith("critters-512, a folder of minisd\n") and "\nunet: " in told
     save_tensors(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(4, 8)})
     told = said(monkeypatch, capsys, tmp_path / "lora.safetensors")
     assert "is a LoRA" in told and "1 tensors, 32 numbers, float16" in told

@@ -8,7 +8,7 @@ from peers import randomise, text_peer, unet_peer, vae_peer
 
 from minisd import config
 from minisd.clip import CLIP, TextTower
-from minisd.config import CRITTERS_128, ImageTowerConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import CRITTERS_512, ImageTowerConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.layers import timestep_embedding
 from minisd.unet import UNet
 from minisd.vae import VAE, Gaussian
@@ -22,7 +22,7 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("form", [V1, V2, CRITTERS_128.unet], ids=["v1", "v2", "bundled"])
+@pytest.mark.parametrize("form", [V1, V2, CRITTERS_512.unet], ids=["v1", "v2", "bundled"])
 @pytest.mark.parametrize("size", [(16, 16), (12, 20), (10, 14)], ids=str)
 def test_unet_equals_diffusers(form, size):
     unet = randomise(UNet(form))

@@ -9,6 +9,7 @@ import torch
 from tiny import CONFIG, tiny
 
 import minisd
+from minisd.config import CRITTERS_DEPTH
 from minisd.critters import depths
 from minisd.critters.oracle import targets
 from minisd.depth import depth_channel
@@ -27,7 +28,7 @@ from minisd.train.data import (
     Renders,
     Stages,
 )
-from minisd.train.losses import distillation_loss
+from minisd.train.losses import distillation_loss, unexplained
 from minisd.train.workshop import Workshop
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
@@ -99,7 +100,7 @@ def test_mirrored_samples_come_with_the_mirrored_caption(renders, monkeypatch):
     monkeypatch.setattr("minisd.train.data.near_misses", lambda scene, *_: [scene.look] * (1 + NEAR_MISSES))
     monkeypatch.setattr("minisd.train.data.caption", lambda scene, _: scene.look)
     indices = torch.arange(8).repeat(4)
-    batch = Captioned(renders, sd.tokenizer).batch(indices, torch.Generator().manual_seed(0))
+    batch = Captioned(renders, sd.tokenizer, 64).batch(indices, torch.Generator().manual_seed(0))
     plain = (batch["image"] == renders.pictures(indices)).flatten(1).all(1)
     mirrored = (batch["image"].flip(3) == renders.pictures(indices)).flatten(1).all(1)
     assert (plain ^ mirrored).all() and 6 < plain.sum() < 26
@@ -149,16 +150,29 @@ def test_holes_hide_what_is_to_be_redrawn_and_nothing_else(renders):
 
 def test_depths_belong_to_their_pictures(renders):
     indices, batch, _ = seen(Depths, renders, tiny())
-    near = 1 / depths(renders.scenes, renders.size)
+    near = 1 / depths(renders.scenes, CRITTERS_DEPTH.size)
     near = torch.where(batch["mirrored"][:, None, None, None], near[indices].flip(3), near[indices])
     expected = depth_channel(near, (8, 8))
     assert batch["x_t"].shape[1] == 5 and (batch["x_t"][:, 4:] - expected).abs().max() < 0.02  # kept in half precision
 
-    image = Distances(renders).batch(indices, torch.Generator().manual_seed(0))
+    image = Distances(renders, 64).batch(indices, torch.Generator().manual_seed(0))
     mirrored = (image["image"] != renders.pictures(indices)).flatten(1).any(1)
     sides = 8 / depths(renders.scenes, renders.size)[indices]
     sides = torch.where(mirrored[:, None, None, None], sides.flip(3), sides)
     assert 80 < mirrored.sum() < 120 and (image["disparity"] - sides).abs().max() < 0.002
+
+
+def test_unexplained_colours_are_those_no_linear_map_tells():
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0, 0.3, 0.1])[:, None, None]  # the third colour is rare
+    colour = spread * torch.randn(8, 3, 16, 16, generator=draw)
+    mixed = torch.einsum("zc,bchw->bzhw", torch.randn(4, 3, generator=draw), colour) + 5
+    noise = torch.randn(8, 4, 16, 16, generator=draw)
+    assert unexplained(mixed, colour) < 0.02
+    assert unexplained(noise, colour) > 2.98
+    assert unexplained(torch.cat([colour[:, :2], noise[:, :2]], 1), colour) == pytest.approx(1, abs=0.02)
+    half = colour + colour.square().mean((0, 2, 3), keepdim=True).sqrt() * noise[:, :3]  # as much noise as colour
+    assert unexplained(half, colour) == pytest.approx(1.5, abs=0.1)
 
 
 class Knowing:
@@ -209,10 +223,7 @@ def test_labels_are_those_of_the_scene_as_it_is_seen(renders):
 
 
 def test_a_name_stands_for_its_recipes():
-    [(name, function, run)] = recipes.chosen("unet", "critters-128")
-    assert (name, function, run) == ("unet", recipes.unet, recipes.UNET_RUN)
-    assert [name for name, *_ in recipes.chosen("all", "critters-512")] == ["vae", "unet", "clip", "decoder"]
-    assert all(run.bf16 for _, _, run in recipes.chosen("all", "critters-512"))
-    for name, preset in (("unet", "critters-64"), ("everything", "critters-128")):
-        with pytest.raises(ValueError, match="unknown; choose"):
-            recipes.chosen(name, preset)
+    assert recipes.chosen("unet") == [("unet", recipes.unet, recipes.UNET_RUN)]
+    assert [name for name, *_ in recipes.chosen("all")] == ["vae", "unet", "clip", "decoder"]
+    with pytest.raises(ValueError, match="unknown; choose"):
+        recipes.chosen("everything")

@@ -16,7 +16,7 @@ WHAT = {
     "vae.safetensors": "the autoencoder",
     "text.safetensors": "the text tower",
     "image_tower.safetensors": "the mini CLIP's image tower",
-    "unet.lora.safetensors": "changes of the noise predictor of `critters-128`",
+    "unet.lora.safetensors": "changes of the noise predictor",
     "oracle.safetensors": "reads attributes back from pictures",
 }
 ATTRIBUTES = [name for name in WORDS if name != "studio"]

@@ -42,7 +42,7 @@ def few_ticks(axes: Axes) -> None:
 
 
 def main(folder: Path) -> None:
-    tables = {what: folder / f"critters-128-{name}.csv" for name, what in WHAT.items()}
+    tables = {what: folder / f"critters-512-{name}.csv" for name, what in WHAT.items()}
     runs = {what: thinned(read(path)) for what, path in tables.items() if path.exists()}
     panels = [[curves(steps, {"": losses}, "step", "loss"), few_ticks] for steps, losses in runs.values()]
     image.save(show(*panels, titles=list(runs), columns=3, width=2.8, height=2.2), HERE / "curves.png", force=True)

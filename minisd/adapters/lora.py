@@ -27,8 +27,8 @@ class LowRank(nn.Module):
     def __init__(self, weight: Float[Tensor, "o ..."], rank: int):
         super().__init__()
         rows, columns = weight.flatten(1).shape
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-        self.down = nn.Parameter(torch.randn(rank, columns) / math.sqrt(rank))
+        self.up = nn.Parameter(weight.new_zeros(rows, rank))
+        self.down = nn.Parameter((torch.randn(rank, columns) / math.sqrt(rank)).to(weight))
 
     def forward(self, weight: Float[Tensor, "o ..."]) -> Float[Tensor, "o ..."]:
         return weight + (self.up @ self.down).view_as(weight)

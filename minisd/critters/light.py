@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .field import field, length, mix, vector
-from .fuse import hot
 from .material import Material
 from .trace import Hits
 
@@ -46,7 +45,6 @@ def ground_shadow(a: Anatomy, ground: Tensor, size: int) -> Tensor:
     return F.interpolate(shadow.reshape(batch, 1, size // 4, size // 4), scale_factor=4, mode="bilinear").flatten(1)
 
 
-@hot
 def shade(a: Anatomy, hits: Hits, m: Material, openness: Tensor, lit: Tensor) -> Tensor:
     """Linear light that each hit sends to the camera, [3, b, k].
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep, vector
-from .fuse import hot
 
 PARTS = ("background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag")
 
@@ -23,7 +22,6 @@ class Material(NamedTuple):
     glow: Tensor
 
 
-@hot
 def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
     """Colour the points p [3, b, n] with normals n.
 

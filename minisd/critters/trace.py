@@ -15,7 +15,6 @@ from torch import Tensor
 from .anatomy import DISTANCE, Anatomy
 from .camera import rays, screen
 from .field import field, length
-from .fuse import hot
 
 NEAR, FAR = DISTANCE - 2.4, DISTANCE + 3.0
 ROUND = 8  # steps between two clean-ups of the list of rays
@@ -113,7 +112,6 @@ def _march(a: Anatomy, origin: Tensor, direction: Tensor, t: Tensor, close: Tens
     return state
 
 
-@hot
 def _step(
     a: Anatomy,
     origin: Tensor,

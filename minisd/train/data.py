@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import CRITTERS_DEPTH
 from ..critters import PARTS, Scene, caption, depths, render
 from ..critters.captions import near_misses
 from ..critters.oracle import MIRRORED_LOOK, targets
@@ -41,7 +42,7 @@ class Renders:
 
     def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
         self.folder, self.size, self.seed, self.device = folder, size, seed, device
-        files = self._make("", count, self._render)
+        files = self._make(f"{size}", count, self._render)
         self.images = np.empty((count, 3, size, size), np.uint8)
         self.eyes = np.empty((count, 1, size, size), bool)
         self.scenes: list[Scene] = []
@@ -54,10 +55,10 @@ class Renders:
     def _make(self, kind: str, count: int, make: Callable[[int], dict[str, Any]]) -> list[tuple[slice, Path]]:
         """The files of `count` samples, and which samples each has; `make(number)` is what a missing one shall hold."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = [self.folder / f"{kind}{self.size}-{self.seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
+        files = [self.folder / f"{kind}-{self.seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
         rank, ranks = share()
         mine = range(rank, len(files), ranks)
-        for i in tqdm(mine, desc=f"rendering {kind}{self.size}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
+        for i in tqdm(mine, desc=f"rendering {kind}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
             if not files[i].exists():
                 with replacing(files[i]) as temporary, temporary.open("wb") as file:
                     np.savez(file, **make(i))
@@ -68,36 +69,61 @@ class Renders:
     def _render(self, number: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         scenes = [Scene.sample(generator) for _ in range(CHUNK)]
-        result = render(scenes, self.size, device=self.device)
+        on_cpu = torch.device(self.device).type == "cpu"
+        result = render(scenes, self.size, self.device, chunk=8 if on_cpu else CHUNK)  # what a cache or a GPU holds
         return {
             "images": ((result.image + 1) * 127.5).round().byte().cpu().numpy(),
             "eyes": (result.parts == EYES).cpu().numpy(),
             "scenes": json.dumps([asdict(s) for s in scenes]),
         }
 
-    def disparities(self) -> Float[Tensor, "n 1 h w"]:
-        """How near everything is, 1 / depth: made from the scenes on first use and kept beside the pictures."""
+    def disparities(self, size: int) -> np.ndarray:
+        """How near everything is, 1 / depth, [n, 1, size, size]: made on first use and kept beside the pictures."""
 
         def make(number: int) -> dict[str, Any]:
-            distance = depths(self.scenes[number * CHUNK : (number + 1) * CHUNK], self.size, device=self.device)
+            distance = depths(self.scenes[number * CHUNK : (number + 1) * CHUNK], size, device=self.device)
             return {"disparity": (1 / distance).half().cpu().numpy()}
 
-        files = self._make("depth-", len(self), make)
-        stored = [torch.from_numpy(np.load(path)["disparity"])[: part.stop - part.start] for part, path in files]
-        return torch.cat(stored).float()
+        files = self._make(f"depth-{size}", len(self), make)
+        return np.concatenate([np.load(path)["disparity"][: part.stop - part.start] for part, path in files])
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def pictures(self, indices: Tensor) -> Tensor:
-        """Pictures in [-1, 1]."""
-        return torch.from_numpy(self.images[indices.numpy()]).float() / 127.5 - 1
+    def pictures(
+        self,
+        indices: Tensor,
+        mirrored: Bool[Tensor, "b"] | None = None,
+        size: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Pictures in [-1, 1], some of them mirrored, and shrunk to `size` pixels a side where it is given."""
+        images = _some(self.images, indices, mirrored).to(device).float() / 127.5 - 1
+        return images if size is None else F.adaptive_avg_pool2d(images, size)
+
+    def shrunk(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
+        """All pictures at another size, as bytes."""
+        some = torch.arange(len(self)).split(CHUNK)
+        return torch.cat([((self.pictures(i, size=size) + 1) * 127.5).round().byte() for i in some])
+
+    def eye_shares(self, factor: int) -> Float[Tensor, "n 1 h8 w8"]:
+        """What share of each cell of `factor` pixels a side is eyes."""
+        some = torch.from_numpy(self.eyes).split(CHUNK)
+        return torch.cat([F.avg_pool2d(eyes.float(), factor) for eyes in some])
 
     def mirror_some(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, list[Scene]]:
         """A coin for each of the samples at `indices`, and what it shows: its scene, or the mirrored one."""
         mirrored = torch.rand(len(indices), generator=generator) < 0.5
         scenes = [self.scenes[i] for i in indices.tolist()]
         return mirrored, [s.mirrored() if m else s for s, m in zip(scenes, mirrored.tolist(), strict=True)]
+
+
+def _some(maps: np.ndarray, indices: Tensor, mirrored: Bool[Tensor, "b"] | None = None) -> Tensor:
+    """A copy of the maps at `indices`, those of them mirrored that are to be."""
+    maps = torch.from_numpy(maps[indices.numpy()])
+    if mirrored is not None:
+        maps[mirrored] = maps[mirrored].flip(3)
+    return maps
 
 
 class Pictures:
@@ -110,14 +136,11 @@ class Pictures:
         return len(self.renders)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        image = self.renders.pictures(indices)
-        eyes = torch.from_numpy(self.renders.eyes[indices.numpy()]).float()
         mirrored = torch.rand(len(indices), generator=generator) < 0.5
-        flip = mirrored[:, None, None, None]
         return {
             "mirrored": mirrored,
-            "image": torch.where(flip, image.flip(3), image),
-            "weight": 1 + (EYE_WEIGHT - 1) * torch.where(flip, eyes.flip(3), eyes),
+            "image": self.renders.pictures(indices, mirrored),
+            "weight": 1 + (EYE_WEIGHT - 1) * _some(self.renders.eyes, indices, mirrored).float(),
             "noise": torch.randn(len(indices), *self.latent, generator=generator),
         }
 
@@ -131,7 +154,7 @@ def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], 
     mine = torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)  # small batches stay in the cache
     with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
         for indices in tqdm(mine, desc="encoding", disable=rank > 0):
-            image = renders.pictures(indices).to(device)
+            image = renders.pictures(indices, device=device)
             both = [vae.posterior(side) for side in (image, image.flip(3))]
             means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
             deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
@@ -163,26 +186,25 @@ class Distances:
 
     UNIT = 8.0  # heads: disparities are `UNIT / depth`, about 1 at the critter and 0.5 at the sky
 
-    def __init__(self, renders: Renders):
-        self.renders, self.disparities = renders, renders.disparities()
+    def __init__(self, renders: Renders, size: int):
+        self.renders, self.size, self.disparities = renders, size, renders.disparities(size)
 
     def __len__(self) -> int:
         return len(self.renders)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        mirrored = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
-        image, near = self.renders.pictures(indices), self.UNIT * self.disparities[indices]
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5
         return {
-            "image": torch.where(mirrored, image.flip(3), image),
-            "disparity": torch.where(mirrored, near.flip(3), near),
+            "image": self.renders.pictures(indices, mirrored, self.size),
+            "disparity": self.UNIT * _some(self.disparities, indices, mirrored).float(),
         }
 
 
 class Captioned:
     """What the mini CLIP sees: pictures, half of them mirrored; a fresh caption of each, and false ones close to it."""
 
-    def __init__(self, renders: Renders, tokenizer: Tokenizer):
-        self.renders, self.tokenizer = renders, tokenizer
+    def __init__(self, renders: Renders, tokenizer: Tokenizer, size: int):
+        self.renders, self.tokenizer, self.size = renders, tokenizer, size
 
     def __len__(self) -> int:
         return len(self.renders)
@@ -191,9 +213,8 @@ class Captioned:
         mirrored, scenes = self.renders.mirror_some(indices, generator)
         ids = self.tokenizer([text for scene in scenes for text in near_misses(scene, generator, NEAR_MISSES)])
         ids = ids[:, : int(ids.argmax(1).max()) + 1]  # what comes after the end mark, no caption's embedding knows of
-        image = self.renders.pictures(indices)
         return {
-            "image": torch.where(mirrored[:, None, None, None], image.flip(3), image),
+            "image": self.renders.pictures(indices, mirrored, self.size),
             "ids": ids.unflatten(0, (-1, 1 + NEAR_MISSES)),
         }
 
@@ -212,7 +233,7 @@ class Latents:
         self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
         self.scaling = vae.config.scaling
         self.mean, self.deviation = posteriors(renders, vae)
-        eyes = F.avg_pool2d(torch.from_numpy(renders.eyes).float(), vae.config.factor)  # their share of each cell
+        eyes = renders.eye_shares(vae.config.factor)
         self.weight = 1 + (EYE_WEIGHT - 1) * torch.stack([eyes, eyes.flip(3)], dim=1)  # as they are, and mirrored
 
     def __len__(self) -> int:
@@ -255,8 +276,7 @@ class Holes(Latents):
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        image = self.renders.pictures(indices)
-        image = torch.where(batch["mirrored"][:, None, None, None], image.flip(3), image)
+        image = self.renders.pictures(indices, batch["mirrored"])
         white = holes(len(indices), image.shape[-1], generator)
         white[torch.rand(len(indices), generator=generator) < self.WHOLE] = 1
         return batch | {"white": white, "rest": image * (1 - white)}
@@ -265,10 +285,11 @@ class Holes(Latents):
 def holes(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
     """Random masks, 1 where there is a hole: one to three ellipses or rectangles in each."""
     at = torch.linspace(-1, 1, size)
-    centre = 2 * torch.rand(count, 3, 2, 1, 1, generator=generator) - 1
-    reach = 0.1 + 0.6 * torch.rand(count, 3, 2, 1, 1, generator=generator)
-    off = (torch.stack(torch.meshgrid(at, at, indexing="ij")) - centre) / reach  # b 3 2 h w, 1 at the border
-    round_, square = off.square().sum(2) < 1, off.abs().amax(2) < 1
+    centre = 2 * torch.rand(count, 3, 2, 1, generator=generator) - 1
+    reach = 0.1 + 0.6 * torch.rand(count, 3, 2, 1, generator=generator)
+    down, across = ((at - centre) / reach).abs().unbind(2)  # each b 3 n, 1 at the border
+    down, across = down[..., :, None], across[..., None, :]
+    round_, square = down.square() + across.square() < 1, (down < 1) & (across < 1)
     shape = torch.where(torch.rand(count, 3, 1, 1, generator=generator) < 0.5, round_, square)
     there = torch.arange(3) <= torch.randint(3, (count, 1), generator=generator)
     return (shape & there[:, :, None, None]).any(1, keepdim=True).float()
@@ -279,7 +300,8 @@ class Depths(Latents):
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         super().__init__(renders, vae, tokenizer, schedule)
-        near = depth_channel(renders.disparities(), tuple(self.mean.shape[-2:]))
+        disparities = torch.from_numpy(renders.disparities(CRITTERS_DEPTH.size)).float()
+        near = depth_channel(disparities, tuple(self.mean.shape[-2:]))
         self.near = torch.stack([near, near.flip(3)], dim=1)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
@@ -318,7 +340,7 @@ class Stages(Latents):
         path = plan(self.schedule, self.STEPS * self.SUBSTEPS, "trailing")
         first = path.timesteps.tolist().index(batch["t"][0])
         sigmas = path.sigmas[first : first + self.SUBSTEPS + 1].float()
-        return batch | {"sigmas": sigmas.expand(count, -1), "empty": self.tokenizer([""]).expand(count, -1)}
+        return batch | {"sigmas": sigmas.repeat(count, 1), "empty": self.tokenizer([""]).repeat(count, 1)}
 
 
 class SmallPictures:
@@ -327,8 +349,7 @@ class SmallPictures:
     SIZE = 32
 
     def __init__(self, renders: Renders):
-        every = torch.arange(len(renders)).split(CHUNK)
-        self.images = torch.cat([F.adaptive_avg_pool2d(renders.pictures(some), self.SIZE) for some in every])
+        self.images = renders.shrunk(self.SIZE).float() / 127.5 - 1
         self.schedule = linear()
 
     def __len__(self) -> int:

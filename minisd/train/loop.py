@@ -19,10 +19,12 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..files import CheckpointError, load_strictly, replacing
 
 LENGTH = ("steps", "cooldown")  # the settings that may change when a run goes on: it may become longer or shorter
+WORKERS = 6  # processes that make batches where there is a GPU to be kept busy
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -81,12 +83,24 @@ def batch_indices(config: TrainConfig, step: int, samples: int) -> Tensor:
         int(e): torch.randperm(samples, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + int(e)))
         for e in epochs.unique()
     }
-    return torch.stack([order[int(e)][p % samples] for e, p in zip(epochs, positions, strict=True)])
+    return torch.cat([order[e][positions[epochs == e] % samples] for e in order])
 
 
 def step_generator(config: TrainConfig, step: int) -> torch.Generator:
     """The source of everything random in one step."""
     return torch.Generator().manual_seed((config.seed + 1) * 1_000_000_007 + step)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The batch of every step by the step's number: what a DataLoader calls a dataset."""
+
+    data: Data
+    config: TrainConfig
+
+    def __getitem__(self, step: int) -> Batch:
+        indices = batch_indices(self.config, step, len(self.data))
+        return self.data.batch(indices, step_generator(self.config, step))
 
 
 class EMA:
@@ -99,8 +113,7 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (step + 1) / (step + 10))
-        for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(weight.detach(), 1 - decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
 def save_checkpoint(path: Path, state: dict[str, object]) -> None:
@@ -157,11 +170,14 @@ def fit(
         first = state["step"]
 
     module.train()
-    for step in range(first, config.steps):
+    steps, gpu = range(first, config.steps), device.type == "cuda"
+    batches = DataLoader(
+        Steps(data, config), batch_size=None, sampler=steps, num_workers=WORKERS if gpu else 0, pin_memory=gpu
+    )
+    for step, batch in zip(steps, batches, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        batch = data.batch(batch_indices(config, step, len(data)), step_generator(config, step))
-        batch = {name: tensor[rank::ranks].to(device) for name, tensor in batch.items()}
+        batch = {name: tensor[rank::ranks].to(device, non_blocking=True) for name, tensor in batch.items()}
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext():
             value, parts = loss(module, batch)

@@ -5,7 +5,7 @@
 latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
-that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-128")` draws.
+that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torch import nn
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
 from ..config import (
-    CRITTERS_128,
-    CRITTERS_512,
     CRITTERS_CLASSIFIER,
     CRITTERS_DEPTH,
     CRITTERS_IMAGE_TOWER,
@@ -29,7 +27,7 @@ from ..config import (
     ModelConfig,
 )
 from ..critters import WORDS, Scene, caption
-from ..critters.oracle import Examples, Oracle, oracle_loss
+from ..critters.oracle import SIZE, Examples, Oracle, oracle_loss
 from ..depth import DPT
 from ..files import load_strictly, read_tensors
 from ..schedule import from_config
@@ -55,29 +53,25 @@ from .workshop import Workshop
 
 CAPTIONS = 50_000  # that the tokenizer learns from
 
-VAE_RUN = TrainConfig(steps=2_500, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
-DECODER_RUN = TrainConfig(steps=4_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
-CLIP_RUN = TrainConfig(steps=1_400, batch_size=64, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
-UNET_RUN = TrainConfig(steps=13_500, batch_size=32, lr=1e-3, ema=0.999)
+VAE_RUN = TrainConfig(steps=3_000, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
+DECODER_RUN = TrainConfig(steps=2_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
+CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
+UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
-VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3)
+VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
-DISTILLED_RUN = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4)
-CLASSIFIER_RUN = TrainConfig(steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6)
-PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5)
+DISTILLED_RUN = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4, bf16=True)
+CLASSIFIER_RUN = TrainConfig(
+    steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6, bf16=True
+)
+PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5, bf16=True)
 
-PRESETS = {preset.name: preset for preset in (CRITTERS_128, CRITTERS_512)}
 WHOLE = ("vae", "unet", "clip", "decoder")  # the recipes of a whole model
-ON_A_GPU = {  # what the larger model needs instead: 512 x 512 is no work for a CPU
-    "vae": {"steps": 8_000},
-    "unet": {"steps": 16_000, "batch_size": 64, "bf16": True},
-    "decoder": {"steps": 8_000},
-}
 
 
 def mini_clip(config: ModelConfig) -> CLIP:
-    """The model's text tower, and an image tower for pictures of its size."""
-    return CLIP(config.text, dataclasses.replace(CRITTERS_IMAGE_TOWER, size=config.size))
+    """The model's text tower, and an image tower."""
+    return CLIP(config.text, CRITTERS_IMAGE_TOWER)
 
 
 def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
@@ -88,7 +82,7 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     yield from shop.run("vae", module, vae_loss, Pictures(data, (config.vae.latent_channels, side, side)), run)
     with torch.no_grad():
         some = torch.arange(min(512, len(data))).split(32)
-        latents = torch.cat([module.encode(data.pictures(indices).to(shop.device)) for indices in some])
+        latents = torch.cat([module.encode(data.pictures(indices, device=shop.device)) for indices in some])
     scaling = round(config.vae.scaling / latents.std().item(), 5)
     shop.keep(dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling=scaling)), vae=module)
 
@@ -131,7 +125,7 @@ def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
     module = shop.fresh(lambda: mini_clip(config), run.seed)
     load_strictly(module.text, read_tensors(shop.model / "text.safetensors"), "the text tower")
     module.text.requires_grad_(False).projection.requires_grad_(True)
-    data = Captioned(shop.data(), read_tokenizer(shop.model, config))
+    data = Captioned(shop.data(), read_tokenizer(shop.model, config), CRITTERS_IMAGE_TOWER.size)
     yield from shop.run("clip", module, clip_loss, data, run)
     shop.keep(config, text=module.text, image_tower=module.image)
 
@@ -140,7 +134,7 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
     """The network that reads attributes back from pictures, on the same renders."""
     data = shop.data()
     module = shop.fresh(Oracle, run.seed)
-    yield from shop.run("oracle", module, oracle_loss, Examples(torch.from_numpy(data.images), data.scenes), run)
+    yield from shop.run("oracle", module, oracle_loss, Examples(data.shrunk(SIZE), data.scenes), run)
     if share()[0] == 0:
         save_module(module, shop.folder / "oracle.safetensors")
 
@@ -160,7 +154,7 @@ def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Reco
         return module
 
     module = shop.fresh(make, run.seed)
-    yield from shop.run("estimator", module, depth_loss, Distances(shop.data()), run)
+    yield from shop.run("estimator", module, depth_loss, Distances(shop.data(), CRITTERS_DEPTH.size), run)
     if share()[0] == 0:
         save_module(module, shop.beside("depth") / "depth.safetensors")
 
@@ -208,17 +202,11 @@ RECIPES = {
 }
 
 
-def chosen(name: str, preset: str) -> list[tuple[str, Callable, TrainConfig]]:
-    """The recipes that a name stands for, "all" for those of a whole model, and their settings at a preset's size.
+def chosen(name: str) -> list[tuple[str, Callable, TrainConfig]]:
+    """The recipes that a name stands for, "all" for those of a whole model, and their settings.
 
     Raises ValueError for unknown names.
     """
     if name not in RECIPES and name != "all":
         raise ValueError(f"recipe {name!r} is unknown; choose all or one of: {', '.join(RECIPES)}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; choose one of: {', '.join(PRESETS)}")
-    changed = ON_A_GPU if PRESETS[preset] == CRITTERS_512 else {}
-    return [
-        (each, RECIPES[each][0], dataclasses.replace(RECIPES[each][1], **changed.get(each, {})))
-        for each in (WHOLE if name == "all" else [name])
-    ]
+    return [(each, *RECIPES[each]) for each in (WHOLE if name == "all" else [name])]

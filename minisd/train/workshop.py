@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import lora
 from ..clip import TextTower
-from ..config import CRITTERS_128, ModelConfig
+from ..config import CRITTERS_512, ModelConfig
 from ..files import save_tensors
 from ..schedule import from_config
 from ..unet import UNet
@@ -22,7 +22,7 @@ from .data import Latents, Renders
 from .loop import Record, TrainConfig, fit, share
 from .losses import Predictor
 
-RENDERS = 12_000
+RENDERS = 5_000
 RANK = 16  # of a variant's changes
 
 
@@ -33,7 +33,7 @@ class Workshop:
     folder: Path
     device: torch.device
     renders: int = RENDERS
-    preset: ModelConfig = CRITTERS_128
+    preset: ModelConfig = CRITTERS_512
 
     def __post_init__(self):
         self.model.mkdir(parents=True, exist_ok=True)
