@@ -17,6 +17,7 @@ WHAT = {
     "text.safetensors": "the text tower",
     "image_tower.safetensors": "the mini CLIP's image tower",
     "unet.lora.safetensors": "changes of the noise predictor",
+    "depth.safetensors": "the depth estimator",
     "oracle.safetensors": "reads attributes back from pictures",
 }
 ATTRIBUTES = [name for name in WORDS if name != "studio"]
@@ -85,7 +86,15 @@ def zero_shot(measured: dict) -> str:
     )
 
 
-BLOCKS = {"zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles}
+def depth(measured: dict) -> str:
+    found = measured["depth"]
+    return table(
+        ("pictures", "the estimator's mean error", "depths kept", "by chance"),
+        [f"{found['pictures']}", *(f"{found[name]:.3f}" for name in ("error", "kept", "by chance"))],
+    )
+
+
+BLOCKS = {"depth": depth, "zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles}
 
 
 def written(card: str) -> str:

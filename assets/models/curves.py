@@ -15,11 +15,10 @@ from minisd.plots import curves, show
 
 HERE = Path(__file__).parent
 WHAT = {  # recipes, and what their losses are
-    "vae": "the autoencoder:\nerror of pixels and edges",
+    "vae": "the autoencoder:\nerror of pixels, edges, colours",
     "unet": "the noise predictor:\nsquared error of v",
+    "decoder": "the decoder alone:\nerror of pixels and edges",
     "clip": "the mini CLIP:\ncross-entropy",
-    "inpaint": "inpainting:\nsquared error of v",
-    "distilled": "four steps instead of many:\nsquared error",
 }
 
 
@@ -45,7 +44,7 @@ def main(folder: Path) -> None:
     tables = {what: folder / f"critters-512-{name}.csv" for name, what in WHAT.items()}
     runs = {what: thinned(read(path)) for what, path in tables.items() if path.exists()}
     panels = [[curves(steps, {"": losses}, "step", "loss"), few_ticks] for steps, losses in runs.values()]
-    image.save(show(*panels, titles=list(runs), columns=3, width=2.8, height=2.2), HERE / "curves.png", force=True)
+    image.save(show(*panels, titles=list(runs), columns=2, width=3.4, height=2.2), HERE / "curves.png", force=True)
 
 
 if __name__ == "__main__":

