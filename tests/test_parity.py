@@ -126,5 +126,5 @@ def test_the_script_of_speed_leaves_its_figures(capsys, tmp_path):
     ]
     assert all(min(race["ours"], race["theirs"], race["ratio"]) > 0 for race in figures["races"].values())
     assert figures["bundled"] == {"largest": 0, "mean": 0}  # the CPU against itself
-    assert Image.open(tmp_path / "speed.png").size == (128, 128)
+    assert Image.open(tmp_path / "speed.png").size == (512, 512)
     assert "| picture, 2 steps | " in capsys.readouterr().out
