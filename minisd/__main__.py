@@ -172,7 +172,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
-    """Train the bundled model or a part of it, best on a GPU; a stopped run goes on where it was. torchrun works.
+    """Train the bundled model or a part of it, best on a GPU or under torchrun on many; a stopped run goes on.
 
     When the model is whole: its variants inpaint, depth, estimator, distilled; classifier. Alone: oracle, pixels.
     """
