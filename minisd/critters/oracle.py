@@ -58,7 +58,7 @@ class Oracle(nn.Module):
 
         `look_at` says where to look for the colour of the eyes; by default where they were found.
         """
-        images = _at_its_size(images)
+        images = as_seen(images)
         early = self.early(self.stem(F.pixel_unshuffle(images, 2)))  # b 4w 16 16
         late = self.late(early)  # b f 8 8
         map_ = F.silu(self.norm(self.near(early) + F.interpolate(self.far(late), scale_factor=2)))
@@ -81,7 +81,7 @@ class Oracle(nn.Module):
     @torch.no_grad()
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
         """What the deepest map holds on average: to compare sets of pictures by, as Inception's features are."""
-        return self.late(self.early(self.stem(F.pixel_unshuffle(_at_its_size(images), 2)))).mean((2, 3))
+        return self.late(self.early(self.stem(F.pixel_unshuffle(as_seen(images), 2)))).mean((2, 3))
 
     @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b words"]]:
@@ -98,7 +98,8 @@ class Oracle(nn.Module):
         return [{name: WORDS[name][best[name][i]] for name in WORDS} for i in range(len(images))]
 
 
-def _at_its_size(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 128 128"]:
+def as_seen(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 128 128"]:
+    """Pictures at the size at which the oracle looks at them."""
     if images.shape[-2:] == (SIZE, SIZE):
         return images
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)

@@ -113,7 +113,8 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
 
 
 def save_checkpoint(path: Path, state: dict[str, object]) -> None:

@@ -56,8 +56,8 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The reconstruction's loss, a little divergence, and the colours that latents don't tell.
 
     The first two are the evidence bound of Kingma & Welling 2014, equation 3, with another error and another weight.
-    The third makes mean colours a linear function of the latents, as they nearly are of Stable Diffusion's. Without it
-    details crowd out a colour: pink comes back as beige, teal as blue.
+    The third makes mean colours nearly a linear function of the latents. Without it details crowd out a colour: pink
+    comes back as beige, teal as blue.
 
     Batch: that of `reconstruction_loss`, and `noise` as the latent.
     """
