@@ -166,6 +166,7 @@ CRITTERS_IMAGE_TOWER = ImageTowerConfig()
 CRITTERS_DEPTH = DepthConfig(
     size=128, stem=16, widths=(32, 64, 128), blocks=(1, 1, 2), groups=8, width=96, heads=4, taps=(1, 3), fusion=32
 )
+CRITTERS_HINT = (8, 16, 32, 32)  # widths of the encoder of what its ControlNet is shown
 CRITTERS_CLASSIFIER = dataclasses.replace(
     CRITTERS_512.unet, widths=(32, 64, 96, 96), attention=(False, False, True, True), context_dim=None
 )

@@ -352,7 +352,7 @@ class StableDiffusion:
 
     def _check_memory(self, run: Run, width: int, height: int) -> None:
         """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level."""
-        vae, unet, bytes_ = self.vae.config, self.unet.config, self.dtype.itemsize
+        vae, unet, bytes_ = self.vae.config, self.config.unet, self.dtype.itemsize
         longest = max(width, height) if run.tile is None else run.tile * vae.factor
         at_once = min(width, longest) * min(height, longest)  # pixels of one picture, or of one tile
         decoder = 7 * bytes_ * max(vae.widths[:2]) * at_once

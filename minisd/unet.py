@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -33,12 +35,8 @@ class Block(nn.Module):
         return h if self.transformer is None else self.transformer(h, context)
 
 
-class UNet(nn.Module):
-    """Predict noise (or v, or x0: whatever it was trained for) from a noisy picture or latent, the time and the prompt.
-
-    Down: blocks and halvings, every result kept. Middle. Up: blocks and doublings, each block fed its own last result
-    beside the result kept from the same height of the way down.
-    """
+class WayDown(nn.Module):
+    """The first half of the U: blocks and halvings, every result kept; then the middle."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -49,20 +47,55 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         self.down = nn.ModuleList()
-        channels, kept = widths[0], [widths[0]]
+        channels, self.kept = widths[0], [widths[0]]  # how many channels each kept result has
         for level, (width, attention) in enumerate(zip(widths, config.attention, strict=True)):
             for _ in range(config.blocks):
                 self.down.append(Block(channels, width, config, attention, cross_only=level < config.cross_only))
                 channels = width
-                kept.append(channels)
+                self.kept.append(channels)
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
-                kept.append(channels)
+                self.kept.append(channels)
 
         self.middle = nn.ModuleList(
             [Block(channels, channels, config, attention=True), Block(channels, channels, config, attention=False)]
         )
 
+    def descend(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        context: Float[Tensor, "b m d"] | None = None,
+        label: Int[Tensor, "b"] | None = None,
+        hint: Float[Tensor, "#b w0 h w"] | None = None,
+    ) -> tuple[Tensor, list[Tensor], Float[Tensor, "b e"]]:
+        """The middle's result, those kept on the way there, and the time's embedding; a hint is added at the start."""
+        temb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
+        if self.class_embed is not None:
+            temb = temb + self.class_embed(label)
+        h = self.conv_in(x_t)
+        if hint is not None:
+            h = h + hint
+        kept = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, temb, context)
+            kept.append(h)
+        for layer in self.middle:
+            h = layer(h, temb, context)
+        return h, kept, temb
+
+
+class UNet(WayDown):
+    """Predict noise (or v, or x0: whatever it was trained for) from a noisy picture or latent, the time and the prompt.
+
+    Down: blocks and halvings, every result kept. Middle. Up: blocks and doublings, each block fed its own last result
+    beside the result kept from the same height of the way down.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        widths, kept = config.widths, list(self.kept)
+        channels = widths[-1]
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for _ in range(config.blocks + 1):
@@ -83,21 +116,16 @@ class UNet(nn.Module):
         t: Float[Tensor, "b"],
         context: Float[Tensor, "b m d"] | None = None,
         label: Int[Tensor, "b"] | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Float[Tensor, "b o h w"]:
         """`x_t` is the variance preserving sample, `t` its time step in 0..999, `context` the encoded prompt.
 
         `label` is for models with `classes`: the x4 upscaler's is the noise level of the small picture it enlarges.
+        `control` is what a ControlNet adds to every kept result, and last to the middle's.
         """
-        temb = self.time_embed(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
-        if self.class_embed is not None:
-            temb = temb + self.class_embed(label)
-        h = self.conv_in(x_t)
-        kept = [h]
-        for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer(h, temb, context)
-            kept.append(h)
-        for layer in self.middle:
-            h = layer(h, temb, context)
+        h, kept, temb = self.descend(x_t, t, context, label)
+        if control is not None:
+            *kept, h = (own + added for own, added in zip([*kept, h], control, strict=True))
         for layer in self.up:
             if isinstance(layer, Upsample):
                 h = layer(h, size=kept[-1].shape[-2:])

@@ -6,7 +6,7 @@ Each function builds the peer of one of our modules from its config and copies t
 import re
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import BitConfig, CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
 
 from minisd.keymaps import Layout, places
@@ -45,45 +45,72 @@ def strict_copy(peer, tensors):
     return peer.eval().requires_grad_(False)
 
 
-def unet_peer(unet, linear=False):
-    """diffusers' U-Net with our weights: v1's transformers enter and leave by 1x1 convolutions, v2's by Linear."""
-    c = unet.config
-    levels = range(len(c.widths))
-    peer = UNet2DConditionModel(
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        block_out_channels=c.widths,
-        layers_per_block=c.blocks,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c.attention)],
-        cross_attention_dim=c.context_dim,
-        attention_head_dim=c.heads or [w // c.head_dim for w in c.widths],  # the name is diffusers' mistake: a count
-        norm_num_groups=c.groups,
-        use_linear_projection=linear,
-        only_cross_attention=[level < c.cross_only for level in levels],
-        num_class_embeds=c.classes,
-    )
+def unet_settings(c):
+    """What diffusers' U-Net and ControlNet are both told of a config."""
+    return {
+        "in_channels": c.in_channels,
+        "block_out_channels": c.widths,
+        "layers_per_block": c.blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
+        "cross_attention_dim": c.context_dim,
+        # the name is diffusers' mistake: a count
+        "attention_head_dim": c.heads or [w // c.head_dim for w in c.widths],
+        "norm_num_groups": c.groups,
+        "only_cross_attention": [level < c.cross_only for level in range(len(c.widths))],
+        "num_class_embeds": c.classes,
+    }
+
+
+def unet_tensors(module, more, linear):
+    """Weights of a U-Net by diffusers' names; `more` are names besides. v1's transformers have 1x1 convolutions."""
+    c = module.config
     rungs = {"conv_in": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     rungs |= {"class_embed": "class_embedding", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
     rungs |= {"middle.0.residual": "mid_block.resnets.0", "middle.0.transformer": "mid_block.attentions.0"}
     rungs |= {"middle.1.residual": "mid_block.resnets.1"}
     for way, blocks, resampled in (("down", c.blocks, "downsamplers"), ("up", c.blocks + 1, "upsamplers")):
         i = 0
-        for level in levels:
+        for level in range(len(c.widths)):
             for block in range(blocks):
                 rungs[f"{way}.{i}.residual"] = f"{way}_blocks.{level}.resnets.{block}"
                 rungs[f"{way}.{i}.transformer"] = f"{way}_blocks.{level}.attentions.{block}"
                 i += 1
             rungs[f"{way}.{i}"] = f"{way}_blocks.{level}.{resampled}.0"
             i += level < len(c.widths) - 1
+    rungs |= more
 
     tensors = {}
-    for name, tensor in unet.state_dict().items():
+    for name, tensor in module.state_dict().items():
         rung = max((r for r in rungs if name.startswith(r + ".")), key=len)
         theirs = rungs[rung] + renamed(name[len(rung) :], TRANSFORMER | ATTENTION | RESIDUAL)
         convolved = not linear and re.search(r"attentions\.\d+\.proj_(in|out)\.weight", theirs)
         tensors[theirs] = tensor[..., None, None] if convolved else tensor
-    return strict_copy(peer, tensors)
+    return tensors
+
+
+def unet_peer(unet, linear=False):
+    """diffusers' U-Net with our weights: v1's transformers enter and leave by 1x1 convolutions, v2's by Linear."""
+    c = unet.config
+    peer = UNet2DConditionModel(
+        out_channels=c.out_channels,
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c.attention)],
+        use_linear_projection=linear,
+        **unet_settings(c),
+    )
+    return strict_copy(peer, unet_tensors(unet, {}, linear))
+
+
+def controlnet_peer(control, widths, linear=False):
+    """diffusers' ControlNet with our weights."""
+    settings = unet_settings(control.config)
+    peer = ControlNetModel(conditioning_embedding_out_channels=widths, use_linear_projection=linear, **settings)
+    *zeros, _ = control.zeros
+    embedding, last = "controlnet_cond_embedding", 4 * len(widths) - 2
+    more = {f"hint.{i}": f"{embedding}.blocks.{i // 2 - 1}" for i in range(2, last, 2)}
+    more |= {"hint.0": f"{embedding}.conv_in", f"hint.{last}": f"{embedding}.conv_out"}
+    more |= {f"zeros.{i}": f"controlnet_down_blocks.{i}" for i in range(len(zeros))}
+    more |= {f"zeros.{len(zeros)}": "controlnet_mid_block"}
+    return strict_copy(peer, unet_tensors(control, more, linear))
 
 
 def vae_peer(vae):

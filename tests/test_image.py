@@ -239,3 +239,26 @@ def test_a_gif_has_all_its_frames(tmp_path):
         assert (gif.n_frames, gif.info["duration"], gif.info["loop"]) == (3, 120, 0)
     with pytest.raises(FileExistsError):
         im.save_gif(frames, tmp_path / "walk.gif")
+
+
+@pytest.mark.parametrize("slope", [(0, 1), (1, 0), (1, 1), (1, -1), (2, 1)], ids=str)
+def test_edges_are_one_pixel_thin_and_where_black_meets_white(slope):
+    at = torch.arange(48) - 23.5
+    beyond = slope[0] * at[:, None] + slope[1] * at
+    beyond = beyond / np.hypot(*slope)  # distance from the edge in pixels
+    found = im.edges((beyond > 0).float().expand(2, 3, -1, -1) * 2 - 1)
+    assert found.shape == (2, 1, 48, 48) and set(found.unique().tolist()) == {0, 1}
+    inner = found[0, 0, 4:-4, 4:-4] == 1
+    assert (beyond[4:-4, 4:-4][inner].abs() <= 1.5).all()
+    assert 40 <= inner.sum() <= 80  # a line of some 40 to 57 pixels, nowhere two thick but at its steps
+
+
+def test_a_slope_that_is_too_gentle_is_no_edge():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    assert im.edges(ramp).sum() == 0  # 1/63 a pixel
+    assert im.edges(torch.zeros(1, 3, 16, 16)).sum() == 0
+    step = torch.where(torch.arange(64) < 32, -0.1, 0.1).expand(1, 3, 64, 64)
+    steepest = 0.1 / (
+        1.4 * (2 * np.pi) ** 0.5
+    )  # of a step of 0.1 from black to white, smoothed: 0.0285; differences of two pixels see 0.025
+    assert im.edges(step, least=0.8 * steepest).sum() == 64 and im.edges(step, least=1.1 * steepest).sum() == 0

@@ -9,11 +9,13 @@ import torch
 from tiny import CONFIG, tiny
 
 import minisd
-from minisd.config import CRITTERS_DEPTH
+from minisd.adapters import controlnet
+from minisd.config import CRITTERS_DEPTH, CRITTERS_HINT
 from minisd.critters import depths
 from minisd.critters.oracle import targets
 from minisd.depth import depth_channel
 from minisd.files import read_tensors
+from minisd.image import edges
 from minisd.schedule import plan
 from minisd.train import recipes
 from minisd.train.data import (
@@ -22,6 +24,7 @@ from minisd.train.data import (
     Decodings,
     Depths,
     Distances,
+    Edges,
     Holes,
     Labelled,
     Latents,
@@ -65,6 +68,8 @@ def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
         assert drawn.info["model"] == f"tiny-{name}"
         # Two steps of training at a rising rate move it a little from where it starts, which is the model itself.
         assert 0 < np.abs(np.asarray(drawn, np.float32) - np.asarray(picture, np.float32)).mean() < 20, name
+    control = controlnet.read(shop.model / "control.lora.safetensors", sd.unet, CRITTERS_HINT)
+    assert any(zero.weight.abs().max() > 0 for zero in control.zeros)
     pixels = shop.data().pictures(torch.arange(24))
     assert abs(sd.encode(pixels).std() - 1) < 0.1  # the scaling factor was measured on these very pictures
 
@@ -158,6 +163,13 @@ def test_holes_hide_what_is_to_be_redrawn_and_nothing_else(renders):
     share = white.mean((1, 2, 3))
     assert 0.15 < (share == 1).float().mean() < 0.35 and (share > 0).all()  # a quarter is wholly redrawn
     assert 0.1 < share[share < 1].mean() < 0.4
+
+
+def test_edges_are_those_of_the_picture_as_it_is_seen(renders):
+    indices, batch, _ = seen(Edges, renders, tiny())
+    image = renders.pictures(indices)
+    image = torch.where(batch["mirrored"][:, None, None, None], image.flip(3), image)
+    assert batch["picture"].equal(edges(image)) and batch["picture"].mean() > 0.005
 
 
 def test_depths_belong_to_their_pictures(renders):

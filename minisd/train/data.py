@@ -22,6 +22,7 @@ from ..critters.captions import near_misses
 from ..critters.oracle import MIRRORED_LOOK, targets
 from ..depth import depth_channel
 from ..files import replacing
+from ..image import edges
 from ..schedule import NoiseSchedule, linear, plan
 from ..tokenizer import Tokenizer
 from ..vae import VAE
@@ -326,6 +327,14 @@ class Depths(Latents):
         batch = super().batch(indices, generator)
         near = self.near[indices, batch["mirrored"].long()]
         return batch | {"x_t": torch.cat([batch["x_t"], near], dim=1)}
+
+
+class Edges(Latents):
+    """What a ControlNet sees: beside the latent, the edges of the picture, as large as it is."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        return batch | {"picture": edges(self.renders.pictures(indices, batch["mirrored"]))}
 
 
 class Labelled(Latents):

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import samplers
+from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
 from ..critters.oracle import misreadings
@@ -110,8 +111,12 @@ def diffusion_loss(predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str
 
     Batch: `x_t` [b c h w], `t` [b], `ids` [b n], `target` as x_t, `weight` [b 1 h w].
     """
-    error = predictor(batch["x_t"], batch["t"], batch["ids"]).float() - batch["target"]
-    return (batch["weight"] * error**2).mean(), {}
+    return weighted_error(predictor(batch["x_t"], batch["t"], batch["ids"]), batch), {}
+
+
+def weighted_error(predicted: Tensor, batch: Batch) -> Float[Tensor, ""]:
+    """Mean squared distance from `target`, weighted by `weight`."""
+    return (batch["weight"] * (predicted.float() - batch["target"]) ** 2).mean()
 
 
 def depth_loss(dpt: DPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,6 +146,18 @@ def inpainting_loss(vae: VAE, predictor: Predictor, batch: Batch) -> tuple[Tenso
         rest = vae.encode(batch["rest"])
     x = torch.cat([batch["x_t"], batch["white"][:, :, ::factor, ::factor], rest], dim=1)
     return diffusion_loss(predictor, batch | {"x_t": x})
+
+
+def control_loss(predictor: Predictor, control: ControlNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """`diffusion_loss` of a finished network that a ControlNet talks to (Zhang et al. 2023, equation 5).
+
+    Batch: that of `diffusion_loss`, and `picture` [b 1 H W] in [0, 1], what the ControlNet is shown.
+    """
+    x_t, t, picture = batch["x_t"], batch["t"], batch["picture"].expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        context = predictor.text(batch["ids"])
+    said = control(x_t, t, context, picture)
+    return weighted_error(predictor.unet(x_t, t, context, control=said), batch), {}
 
 
 def distillation_loss(

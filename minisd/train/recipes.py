@@ -1,8 +1,8 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
-`inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `classifier` reads its
-latents. `pixels` stands alone.
+`inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a ControlNet
+for it, `classifier` reads its latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws.
@@ -17,11 +17,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..adapters import controlnet
+from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
 from ..config import (
     CRITTERS_CLASSIFIER,
     CRITTERS_DEPTH,
+    CRITTERS_HINT,
     CRITTERS_IMAGE_TOWER,
     CRITTERS_PIXELS,
     ModelConfig,
@@ -29,18 +32,31 @@ from ..config import (
 from ..critters import WORDS, Scene, caption
 from ..critters.oracle import SIZE, Examples, Oracle, oracle_loss
 from ..depth import DPT
-from ..files import load_strictly, read_tensors
+from ..files import load_strictly, read_tensors, save_tensors
 from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_tokenizer, save_module
-from .data import Captioned, Decodings, Depths, Distances, Holes, Labelled, Latents, Pictures, SmallPictures, Stages
+from .data import (
+    Captioned,
+    Decodings,
+    Depths,
+    Distances,
+    Edges,
+    Holes,
+    Labelled,
+    Latents,
+    Pictures,
+    SmallPictures,
+    Stages,
+)
 from .loop import Record, TrainConfig, share
 from .losses import (
     Predictor,
     classifier_loss,
     clip_loss,
+    control_loss,
     decoder_loss,
     depth_loss,
     diffusion_loss,
@@ -49,7 +65,7 @@ from .losses import (
     noise_loss,
     vae_loss,
 )
-from .workshop import Workshop
+from .workshop import RANK, Workshop
 
 CAPTIONS = 50_000  # that the tokenizer learns from
 
@@ -166,6 +182,22 @@ def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
+def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+    """A ControlNet that is shown edges; it is kept beside the model as what it has that the noise predictor has not."""
+    config = shop.config
+    text, unet = shop.part("text", TextTower(config.text)), shop.part("unet", UNet(config.unet))
+
+    def make() -> ControlNet:
+        module = controlnet.beside(unet, CRITTERS_HINT)
+        controlnet.attach(module, RANK)
+        return module
+
+    module = shop.fresh(make, run.seed)
+    yield from shop.run("control", module, partial(control_loss, Predictor(text, unet)), shop.latents(Edges), run)
+    if share()[0] == 0:
+        save_tensors(shop.model / "control.lora.safetensors", controlnet.differences(module))
+
+
 def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Record]:
     """A variant that draws in 4 steps of Euler, and needs no guidance: it is distilled into it."""
     teacher, schedule = shop.part("unet", UNet(shop.config.unet)), from_config(shop.config.schedule)
@@ -198,6 +230,7 @@ RECIPES = {
     "inpaint": (inpaint, VARIANT_RUN),
     "estimator": (estimator, ESTIMATOR_RUN),
     "depth": (depth, VARIANT_RUN),
+    "control": (control, VARIANT_RUN),
     "distilled": (distilled, DISTILLED_RUN),
     "classifier": (classifier, CLASSIFIER_RUN),
     "pixels": (pixels, PIXELS_RUN),
