@@ -170,11 +170,13 @@ def train(
     recipe: Annotated[str, typer.Argument(help="vae, unet, clip, decoder; or all, these four.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes a recipe, if not before.")] = None,
     renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
 ) -> None:
     """Train the bundled model or a part of it, best on a GPU or under torchrun on many; a stopped run goes on.
 
-    When the model is whole: its variants inpaint, depth, estimator, distilled; classifier. Alone: oracle, pixels.
+    When the model is whole: refine; its variants inpaint, depth, estimator, distilled; control, classifier. Alone:
+    oracle, pixels.
     """
     from .train.loop import share, start_processes
     from .train.recipes import chosen
@@ -183,10 +185,12 @@ def train(
     recipes = chosen(recipe)
     if steps is not None:
         steps = checks.integer("steps", steps, 1, 10**9)
+    if minutes is not None:
+        minutes = checks.number("minutes", minutes, 0.01, 10**6)
     renders = checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9)
     shop = Workshop(folder, start_processes(), renders)
     for name, function, run in recipes:
-        run = run if steps is None else dataclasses.replace(run, steps=steps)
+        run = dataclasses.replace(run, steps=steps or run.steps, minutes=minutes)
         with tqdm(total=run.steps, desc=name, disable=share()[0] > 0) as bar:
             for record in function(shop, run):
                 shown = {"loss": record.loss, **record.parts}

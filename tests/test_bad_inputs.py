@@ -307,6 +307,7 @@ USAGE = [
     (["train", "everything"], "'everything'.*unet"),
     (["train", "vae", "--steps", "0"], "steps is 0"),
     (["train", "vae", "--renders", "0"], "renders is 0"),
+    (["train", "vae", "--minutes", "0"], "minutes is 0"),
 ]
 
 

@@ -83,11 +83,36 @@ def test_data_order_and_randomness_depend_on_the_step_alone():
 
 def test_learning_rate_rises_stays_and_falls():
     config = TrainConfig(steps=100, batch_size=1, lr=1.0, warmup=10, cooldown=0.2)
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [learning_rate(config, step, step / 100) for step in range(100)]
     assert rates[0] == 0.1
     assert rates[9:80] == [1.0] * 71
     assert rates[90] == pytest.approx(0.5)
     assert rates[99] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("stop", [None, 7])
+def test_minutes_end_a_run_at_a_rate_of_zero(tmp_path, monkeypatch, stop):
+    now = 0.0
+
+    def six_seconds(module, batch):
+        nonlocal now
+        now += 6
+        return square_error(module, batch)
+
+    monkeypatch.setattr("minisd.train.loop.time.monotonic", lambda: now)
+    timed = dataclasses.replace(RUN, steps=1_000, minutes=2, cooldown=0.5, warmup=1)
+    records = []
+    if stop:
+        run = fit(network(), six_seconds, Line(), timed, tmp_path / "run.pt", every=1)
+        records = [next(run) for _ in range(stop)]
+        run.close()
+        now += 3600  # nobody trains in this hour
+    records += fit(network(), six_seconds, Line(), timed, tmp_path / "run.pt")
+    assert [record.step for record in records] == list(range(1, 21))
+    falling = [timed.lr * (20 - step) / 10 for step in range(10, 20)]
+    assert [record.lr for record in records] == pytest.approx([timed.lr] * 10 + falling)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["minutes"] == pytest.approx(2)
+    assert list(fit(network(), six_seconds, Line(), timed, tmp_path / "run.pt")) == []
 
 
 def test_empty_data_and_foreign_checkpoints_are_refused(tmp_path):

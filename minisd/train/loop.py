@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ from torch.utils.data import DataLoader
 
 from ..files import CheckpointError, load_strictly, replacing
 
-LENGTH = ("steps", "cooldown")  # the settings that may change when a run goes on: it may become longer or shorter
+LENGTH = (
+    "steps",
+    "minutes",
+    "cooldown",
+)  # the settings that may change when a run goes on: it may become longer or shorter
 WORKERS = 6  # processes that make batches where there is a GPU to be kept busy
 
 Batch = dict[str, Tensor]
@@ -55,6 +60,7 @@ class TrainConfig:
     ema: float = 0.999  # of the moving average of the weights that is the result
     seed: int = 0
     bf16: bool = False  # forward and backward in bfloat16; weights, averages and optimizer stay in float32
+    minutes: float | None = None  # where given, the run ends after so long, all its sittings together, or before
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,39 @@ class Record:
     parts: dict[str, float]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear rise over `warmup` steps, level, then linear fall to zero over the last `cooldown` of the run."""
+def learning_rate(config: TrainConfig, step: int, over: float) -> float:
+    """Linear rise over `warmup` steps, level, then linear fall to zero over the last `cooldown` of the run.
+
+    `over` is the share of the run that is over before this step.
+    """
     rise = min(1.0, (step + 1) / max(1, config.warmup))
-    fall = min(1.0, (config.steps - step) / max(1.0, config.cooldown * config.steps))
+    fall = min(1.0, (1 - over) / max(config.cooldown, 1 / config.steps))
     return config.lr * rise * fall
+
+
+class Progress:
+    """How much of a run is over: of its steps or, where that is more, of its minutes.
+
+    With a limit in minutes the rates, and so the result, are the machine's: such a run can't be repeated bit by bit.
+    """
+
+    def __init__(self, config: TrainConfig, minutes: float):
+        self.config = config
+        self.begun = time.monotonic() - 60 * minutes  # `minutes` have gone by in earlier sittings
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.begun) / 60
+
+    def before(self, step: int, device: torch.device) -> float:
+        """The share that is over before a step, the same in all processes: the clock is that of the first."""
+        share_of_steps = step / self.config.steps
+        if self.config.minutes is None:
+            return share_of_steps
+        minutes = torch.tensor(self.minutes, device=device)
+        if dist.is_initialized():
+            dist.broadcast(minutes, 0)
+        return min(1.0, max(share_of_steps, minutes.item() / self.config.minutes))
 
 
 def batch_indices(config: TrainConfig, step: int, samples: int) -> Tensor:
@@ -157,7 +191,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         module.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
     )
-    first = 0
+    first, minutes = 0, 0.0
     settings = {**vars(config), "samples": len(data)}
     if checkpoint is not None and checkpoint.exists():
         state = read_checkpoint(checkpoint, device)
@@ -168,16 +202,21 @@ def fit(
         load_strictly(module, state["model"], str(checkpoint))
         load_strictly(average.module, state["average"], str(checkpoint))
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first, minutes = state["step"], state["minutes"]
 
     module.train()
     steps, gpu = range(first, config.steps), device.type == "cuda"
     batches = DataLoader(
         Steps(data, config), batch_size=None, sampler=steps, num_workers=WORKERS if gpu else 0, pin_memory=gpu
     )
+    progress = Progress(config, minutes)
+    over = progress.before(first, device)
     for step, batch in zip(steps, batches, strict=True):
+        if over == 1:
+            break
+        rate = learning_rate(config, step, over)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = rate
         batch = {name: tensor[rank::ranks].to(device, non_blocking=True) for name, tensor in batch.items()}
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext():
@@ -193,21 +232,20 @@ def fit(
             )
         optimizer.step()
         average.update(module, step)
-        last = step + 1 == config.steps
-        if checkpoint is not None and rank == 0 and (last or (step + 1) % every == 0):
+        over = progress.before(step + 1, device)
+        if checkpoint is not None and rank == 0 and (over == 1 or (step + 1) % every == 0):
             save_checkpoint(
                 checkpoint,
                 {
                     "config": settings,
                     "step": step + 1,
+                    "minutes": progress.minutes,
                     "model": module.state_dict(),
                     "average": average.module.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 },
             )
-        yield Record(
-            step + 1, value.item(), learning_rate(config, step), norm.item(), {k: v.item() for k, v in parts.items()}
-        )
+        yield Record(step + 1, value.item(), rate, norm.item(), {k: v.item() for k, v in parts.items()})
     module.load_state_dict(average.module.state_dict())
     module.eval()
 

@@ -1,6 +1,7 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
+`refine` goes on with the noise predictor; variants of it are to be made anew then.
 `inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a ControlNet
 for it, `classifier` reads its latents. `pixels` stands alone.
 
@@ -73,6 +74,7 @@ VAE_RUN = TrainConfig(steps=3_000, batch_size=16, lr=1.5e-3, ema=0.998, bf16=Tru
 DECODER_RUN = TrainConfig(steps=2_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
+REFINE_RUN = TrainConfig(steps=8_000, batch_size=128, lr=5e-4, cooldown=0.7, ema=0.999, seed=8, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
@@ -132,6 +134,14 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     if share()[0] == 0:
         tokenizer.save(shop.model / "tokenizer.txt")
     shop.keep(config, text=module.text, unet=module.unet)
+
+
+def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Iterator[Record]:
+    """The noise predictor goes on from where it is; the text tower, which other parts know by now, stays as it is."""
+    module = Predictor(shop.part("text", TextTower(shop.config.text)), shop.part("unet", UNet(shop.config.unet)))
+    module.unet.requires_grad_(True).to(memory_format=torch.channels_last)
+    yield from shop.run("refine", module, diffusion_loss, shop.latents(), run)
+    shop.keep(shop.config, unet=module.unet)
 
 
 def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
@@ -224,6 +234,7 @@ def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Iterator[Record]:
 RECIPES = {
     "vae": (vae, VAE_RUN),
     "unet": (unet, UNET_RUN),
+    "refine": (refine, REFINE_RUN),
     "clip": (clip, CLIP_RUN),
     "decoder": (decoder, DECODER_RUN),
     "oracle": (oracle, ORACLE_RUN),
