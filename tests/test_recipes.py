@@ -30,6 +30,8 @@ from minisd.train.data import (
     Latents,
     Renders,
     Stages,
+    _encoded,
+    posteriors,
 )
 from minisd.train.losses import distillation_loss, unexplained
 from minisd.train.workshop import Workshop
@@ -97,6 +99,20 @@ def test_latents_mix_signal_and_noise_as_their_time_says(renders):
     assert torch.allclose(x0.mean(), expected.mean(), atol=0.02 + 0.02 * expected.std())
     dropped = (batch["ids"] == sd.tokenizer("")).all(1).float().mean()
     assert dropped == pytest.approx(0.1, abs=0.05)  # 3.3 standard errors of 400 draws
+
+
+def test_latents_are_encoded_once_for_an_encoder(renders, monkeypatch):
+    sd, calls = tiny(), []
+    monkeypatch.setattr("minisd.train.data._encoded", lambda *args: calls.append(1) or _encoded(*args))
+    first, again = posteriors(renders, sd.vae), posteriors(renders, sd.vae)
+    assert len(calls) <= 1 and all(a.equal(b) for a, b in zip(first, again, strict=True))
+    with torch.no_grad():
+        sd.vae.decoder.conv_in.weight.add_(1)
+    posteriors(renders, sd.vae)
+    assert len(calls) <= 1  # the decoder has no say in it
+    with torch.no_grad():
+        sd.vae.encoder.conv_in.weight.mul_(1.5)
+    assert not posteriors(renders, sd.vae)[0].equal(first[0])
 
 
 def test_mirrored_samples_come_with_the_mirrored_caption(renders, monkeypatch):

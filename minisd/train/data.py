@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -146,24 +147,38 @@ class Pictures:
         }
 
 
-@torch.no_grad()
 def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], Float[Tensor, "n 2 z h w"]]:
-    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored."""
-    means, deviations = [], []
-    device = next(vae.parameters()).device
+    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored.
+
+    They are made on first use and kept beside the renders, under a name that depends on the encoder's weights.
+    """
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for m in (vae.encoder, vae.quant) for p in m.parameters())
+    encoder = hashlib.sha256(weights).hexdigest()[:12]
+    path = renders.folder / f"latents-{renders.size}-{renders.seed}-{len(renders)}-{encoder}.pt"
     rank, ranks = share()
-    mine = torch.arange(len(renders)).tensor_split(ranks)[rank].split(8)  # small batches stay in the cache
+    if not path.exists():
+        parts = [_encoded(renders, vae, torch.arange(len(renders)).tensor_split(ranks)[rank])] * ranks
+        if ranks > 1:
+            dist.all_gather_object(parts, parts[rank])
+        if rank == 0:
+            with replacing(path) as temporary:
+                torch.save(tuple(torch.cat(part) for part in zip(*parts, strict=True)), temporary)
+        if ranks > 1:
+            dist.barrier()
+    return torch.load(path, weights_only=True, mmap=True)  # processes side by side share it
+
+
+@torch.no_grad()
+def _encoded(renders: Renders, vae: VAE, mine: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and deviations of the renders at some indices."""
+    device, means, deviations = next(vae.parameters()).device, [], []
     with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
-        for indices in tqdm(mine, desc="encoding", disable=rank > 0):
+        for indices in tqdm(mine.split(8), desc="encoding", disable=share()[0] > 0):  # a small batch stays in the cache
             image = renders.pictures(indices, device=device)
             both = [vae.posterior(side) for side in (image, image.flip(3))]
             means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
             deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
-    parts = [(torch.cat(means), torch.cat(deviations))] * ranks
-    if ranks > 1:
-        dist.all_gather_object(parts, parts[rank])
-    mean, deviation = (torch.cat(part) for part in zip(*parts, strict=True))
-    return mean, deviation
+    return torch.cat(means), torch.cat(deviations)
 
 
 class Decodings:

@@ -1,0 +1,67 @@
+"""Go on with the bundled models on one GPU for so many minutes: `python assets/models/make.py 12`.
+
+Renders first, in several processes; then the noise predictor, and what does not need it, side by side; then all that is
+made from it. Each recipe has its share of the time. Whatever is finished lies in `runs/critters-512` and the folders
+beside it, its losses in tables beside those; `minisd train` goes on with one recipe alone.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from minisd.train.workshop import RENDERS, Workshop
+from minisd.weights import BUNDLED, assets
+
+RENDERERS = 5  # processes: one waits for Python most of the time
+READING = 0.5  # minutes until a recipe has read its renders
+STAGES = [  # a share of the time that is left when the renders are there, and what is trained in it
+    (0.6, ["refine", "oracle", "pixels"]),
+    (0.4, ["inpaint", "depth", "control", "distilled", "classifier", "clip"]),
+]
+
+
+def render(rank: int, folder: Path, renders: int) -> None:
+    """One process's share of the renders and of their latents."""
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29400", rank=rank, world_size=RENDERERS)
+    Workshop(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), renders).latents()
+
+
+def train(folder: Path, renders: int, recipes: list[str], minutes: float) -> None:
+    """Recipes side by side, each to the end of its time; one that fails leaves the others alone."""
+    running = {}
+    for recipe in recipes:
+        options = ["--folder", folder, "--renders", renders, "--steps", 10**6, "--minutes", minutes]
+        with (folder / f"{recipe}.log").open("w", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "minisd", "train", recipe, *map(str, options)]
+            running[recipe] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    for recipe, process in running.items():
+        if process.wait():
+            print(f"{recipe} failed: see {folder / recipe}.log", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("minutes", type=float)
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--renders", type=int, default=RENDERS)
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+
+    if not (options.folder / BUNDLED).exists():
+        shutil.copytree(assets() / "models" / BUNDLED, options.folder / BUNDLED)
+    processes.spawn(render, (options.folder, options.renders), nprocs=RENDERERS)
+    left = (end - time.monotonic()) / 60
+    for share, recipes in STAGES:
+        print(f"{', '.join(recipes)}: {share * left:.1f} minutes", flush=True)
+        train(options.folder, options.renders, recipes, share * left - READING)
+
+
+if __name__ == "__main__":
+    main()
