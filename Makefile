@@ -11,6 +11,10 @@ SEED ?= 7
 BIN := .venv/bin
 READY := .venv/.ready
 
+# glibc gives freed memory back after each layer and asks for it again: a tenth of a picture's time, if it may.
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+
 .PHONY: picture test lab notebooks book clean
 
 picture: $(READY)
