@@ -10,8 +10,7 @@ from tiny import CONFIG, tiny
 
 import minisd
 from minisd.adapters import controlnet
-from minisd.clip import ImageTower
-from minisd.config import CRITTERS_DEPTH, CRITTERS_HINT, CRITTERS_IMAGE_TOWER
+from minisd.config import CRITTERS_DEPTH, CRITTERS_HINT
 from minisd.critters import depths
 from minisd.critters.oracle import targets
 from minisd.depth import depth_channel
@@ -35,14 +34,7 @@ from minisd.train.data import (
     _encoded,
     posteriors,
 )
-from minisd.train.losses import (
-    Discriminator,
-    Sharpening,
-    distillation_loss,
-    perceptual,
-    sharpening_loss,
-    unexplained,
-)
+from minisd.train.losses import distillation_loss, unexplained
 from minisd.train.workshop import Workshop
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
@@ -236,43 +228,6 @@ def test_unexplained_colours_are_those_no_linear_map_tells():
     assert unexplained(torch.cat([colour[:, :2], noise[:, :2]], 1), colour) == pytest.approx(1, abs=0.02)
     half = colour + colour.square().mean((0, 2, 3), keepdim=True).sqrt() * noise[:, :3]  # as much noise as colour
     assert unexplained(half, colour) == pytest.approx(1.5, abs=0.1)
-
-
-def sharpening(monkeypatch, renders, only):
-    """The gradients of one part of the sharpening loss, by network: where they are not zero."""
-    torch.manual_seed(0)
-    tower = ImageTower(CRITTERS_IMAGE_TOWER).requires_grad_(False)
-    pair = Sharpening(tiny().vae, Discriminator())
-    pair.vae.requires_grad_(True)
-    for name in ("SEEN_WEIGHT", "FOOLED_WEIGHT"):
-        monkeypatch.setattr(f"minisd.train.losses.{name}", 1.0 if name.lower().startswith(only) else 0.0)
-    if only != "told":
-        monkeypatch.setattr("minisd.train.losses.F.relu", lambda x: torch.zeros_like(x))
-    monkeypatch.setattr("minisd.train.losses.reconstruction_loss", lambda output, batch: (0 * output.mean(), {}))
-    with monkeypatch.context() as patch:
-        patch.setattr(Decodings, "SIDE", 4)
-        batch = Decodings(renders, tiny().vae).batch(torch.arange(4), torch.Generator().manual_seed(0))
-    sharpening_loss(tower, pair, batch)[0].backward()
-    return {
-        name
-        for name in ("vae", "discriminator")
-        if any(p.grad is not None and p.grad.any() for p in getattr(pair, name).parameters())
-    }
-
-
-def test_decoder_and_discriminator_each_learn_from_their_own_part(renders, monkeypatch):
-    assert sharpening(monkeypatch, renders, "seen") == {"vae"}
-    assert sharpening(monkeypatch, renders, "fooled") == {"vae"}
-    monkeypatch.undo()
-    assert sharpening(monkeypatch, renders, "told") == {"discriminator"}
-
-
-def test_the_image_tower_sees_no_difference_between_a_picture_and_itself(renders):
-    tower = ImageTower(CRITTERS_IMAGE_TOWER).requires_grad_(False)
-    pictures = renders.pictures(torch.arange(8))
-    assert perceptual(tower, pictures, pictures) == 0
-    slightly, wholly = (perceptual(tower, pictures, other) for other in (pictures + 0.02, pictures.flip(0)))
-    assert 0 < 4 * slightly < wholly
 
 
 class Knowing:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from .. import samplers
 from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
-from ..clip import CLIP, ImageTower, TextTower
+from ..clip import CLIP, TextTower
 from ..critters.oracle import misreadings
 from ..denoiser import Denoiser
 from ..depth import DPT
-from ..layers import ResidualBlock
 from ..schedule import NoiseSchedule
 from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch
 
 COLOUR_WEIGHT = 0.3  # of what latents can't tell of colours
-SEEN_WEIGHT = 0.1  # of what the image tower sees amiss
-FOOLED_WEIGHT = 0.02  # of how rendered it looks to the discriminator
 KL_WEIGHT = 1e-4  # of the divergence per latent number, against errors per pixel
 
 
@@ -81,62 +74,6 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def decoder_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The reconstruction's loss from latents that are there already. Batch: that of `reconstruction_loss`, and `z`."""
     return reconstruction_loss(vae.reconstruct(batch["z"]), batch)
-
-
-class Discriminator(nn.Module):
-    """Says of each patch of a picture whether it looks rendered (above 0) or decoded: convolutions alone, small ones.
-
-    (PatchGAN: Isola et al. 2017, section 3.2.2; with spectral norms: Miyato et al. 2018.)
-    """
-
-    def __init__(self, widths: Sequence[int] = (24, 48, 96)):
-        super().__init__()
-        layers = []
-        for narrow, wide in pairwise((3, *widths)):
-            layers += [spectral_norm(nn.Conv2d(narrow, wide, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
-
-    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h8 w8"]:
-        return self.layers(image)
-
-
-class Sharpening(nn.Module):
-    """A decoder and the discriminator it learns against."""
-
-    def __init__(self, vae: VAE, discriminator: Discriminator):
-        super().__init__()
-        self.vae, self.discriminator = vae, discriminator
-
-
-def perceptual(tower: ImageTower, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """How differently the image tower sees two pictures: mean squared distance of the unit vectors at every place.
-
-    (Zhang et al. 2018, equation 1, with all weights 1; of the residual blocks in `ImageTower.patches` but the last.)
-    """
-    total = a.new_zeros(())
-    for layer in tower.patches[:-2]:
-        a, b = layer(a), layer(b)
-        if isinstance(layer, ResidualBlock):
-            total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
-    return total
-
-
-def sharpening_loss(tower: ImageTower, pair: Sharpening, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """`decoder_loss`, what the image tower sees amiss, and how well the discriminator tells decoded from rendered.
-
-    Both sides learn from one sum (hinge losses: Lim & Ye 2017; in autoencoders: Esser et al. 2021, section 3.1): the
-    decoder's part does not move the discriminator, the discriminator's part does not move the decoder.
-    """
-    image, output = batch["image"], pair.vae.reconstruct(batch["z"])
-    loss, parts = reconstruction_loss(output, batch)
-    seen = perceptual(tower, output, image)
-    pair.discriminator.requires_grad_(False)
-    fooled = -pair.discriminator(output).mean()
-    pair.discriminator.requires_grad_(True)
-    rendered, decoded = pair.discriminator(image), pair.discriminator(output.detach())
-    told = F.relu(1 - rendered).mean() + F.relu(1 + decoded).mean()
-    parts |= {"seen": seen.detach(), "fooled": fooled.detach(), "told": told.detach()}
-    return loss + SEEN_WEIGHT * seen + FOOLED_WEIGHT * fooled + told, parts
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

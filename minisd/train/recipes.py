@@ -1,6 +1,6 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
 
-`decoder` may be run again at any time: the encoder stays as it is, and with it all that was trained on latents.
+`decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
 `refine` goes on with the noise predictor; variants of it are to be made anew then.
 `eyes`, `inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a
 ControlNet for it, `classifier` reads its latents. `pixels` stands alone.
@@ -21,7 +21,7 @@ from torch import nn
 from ..adapters import controlnet, lora
 from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
-from ..clip import CLIP, ImageTower, TextTower
+from ..clip import CLIP, TextTower
 from ..config import (
     CRITTERS_CLASSIFIER,
     CRITTERS_DEPTH,
@@ -55,9 +55,7 @@ from .data import (
 )
 from .loop import Record, TrainConfig, share
 from .losses import (
-    Discriminator,
     Predictor,
-    Sharpening,
     classifier_loss,
     clip_loss,
     control_loss,
@@ -67,7 +65,6 @@ from .losses import (
     distillation_loss,
     inpainting_loss,
     noise_loss,
-    sharpening_loss,
     vae_loss,
 )
 from .workshop import RANK, Workshop
@@ -113,19 +110,17 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
 def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
     """The autoencoder's decoder goes on by itself from where it is, and learns to bear errors in latents.
 
-    The encoder and the latents stay as they are. A discriminator and the mini CLIP's image tower see to it that what
-    the latents leave open is drawn sharply, not averaged.
+    The encoder and the latents stay as they are.
 
-    (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so, without a discriminator.)
+    (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
     """
     config = shop.config
-    tower = shop.part("image_tower", ImageTower(CRITTERS_IMAGE_TOWER))
-    data = Decodings(shop.data(), shop.part("vae", VAE(config.vae)))
-    module = shop.fresh(lambda: Sharpening(shop.part("vae", VAE(config.vae)), Discriminator()), run.seed)
-    module.vae.decoder.requires_grad_(True)
-    module.vae.post_quant.requires_grad_(True)
-    yield from shop.run("decoder", module, partial(sharpening_loss, tower), data, run)
-    shop.keep(config, vae=module.vae)
+    module = shop.part("vae", VAE(config.vae))
+    data = Decodings(shop.data(), module)
+    module.requires_grad_(True).encoder.requires_grad_(False)
+    module.quant.requires_grad_(False)
+    yield from shop.run("decoder", module, decoder_loss, data, run)
+    shop.keep(config, vae=module)
 
 
 def eyes(shop: Workshop, run: TrainConfig = EYES_RUN) -> Iterator[Record]:
