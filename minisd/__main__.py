@@ -40,11 +40,13 @@ Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)
 Output = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write; several are numbered.")]
 Negative = Annotated[str, typer.Option(help="What to steer away from.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and noted if left out.")]
-Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler; by default the model's own, mostly 20.")]
 Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")]
 Rescale = Annotated[float, typer.Option(help="Against glaring colours at strong guidance, 0 to 1.")]
-Sampler = Annotated[str, typer.Option(help=f"One of: {', '.join(SAMPLERS)}.")]
-Schedule = Annotated[str, typer.Option(help="Which noise levels to visit: karras, linspace, trailing, leading, ...")]
+Sampler = Annotated[str | None, typer.Option(help=f"One of: {', '.join(SAMPLERS)}; by default the model's own.")]
+Schedule = Annotated[
+    str | None, typer.Option(help="Which noise levels to visit: karras, linspace, trailing, leading, ...")
+]
 LongPrompts = Annotated[str, typer.Option(help="cut: keep 75 tokens; chunk: read on in further chunks.")]
 ClipSkip = Annotated[int | None, typer.Option(help="Read the text tower's last block (1), the one before (2), ...")]
 Tile = Annotated[int | None, typer.Option(help="Encode and decode in tiles of so many latent cells: less memory.")]
@@ -73,11 +75,11 @@ def drawing(way: Callable[..., Callable[[StableDiffusion], Pictures]]) -> None:
         output: Output = Path("picture.png"),
         negative: Negative = "",
         seed: Seed = None,
-        steps: Steps = 20,
+        steps: Steps = None,
         guidance: Guidance = None,
         rescale: Rescale = 0.0,
-        sampler: Sampler = "dpmpp_2m",
-        schedule: Schedule = "karras",
+        sampler: Sampler = None,
+        schedule: Schedule = None,
         long_prompts: LongPrompts = "cut",
         clip_skip: ClipSkip = None,
         tile: Tile = None,
@@ -149,7 +151,9 @@ def _outputs(output: Path, n: int, force: bool) -> list[Path]:
     return [images.check_output(path, force=force) for path in paths]
 
 
-def _sampler(name: str) -> Callable:
+def _sampler(name: str | None) -> Callable | None:
+    if name is None:
+        return None
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is unknown; choose one of: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -202,7 +206,7 @@ def train(
 def evaluate(
     n: Annotated[int, typer.Option("--n", "-n", help="How many prompts.")] = 200,
     split: Annotated[str, typer.Option(help="Which combinations of words: train, held-out, all.")] = "held-out",
-    steps: Steps = 20,
+    steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Of the choice of prompts.")] = 0,
     model: Model = None,

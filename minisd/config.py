@@ -103,7 +103,10 @@ class ModelConfig:
     name: str = "Stable Diffusion v1"
     size: int = 512  # pixels a side it was trained at
     prediction: Literal["eps", "v", "x0"] = "eps"
-    guidance: float = 7.5  # used where none is asked for
+    guidance: float = 7.5  # used where none is asked for; so are the next three
+    steps: int = 20
+    sampler: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
+    spacing: Literal["karras", "trailing"] = "karras"  # of `schedule.plan`
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)

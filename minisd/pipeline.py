@@ -147,10 +147,10 @@ class StableDiffusion:
 
         `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; by default the size of
         training. Every way to draw has these `settings`: `negative` (""), what to steer away from; `seed`, of the first
-        picture, the next ones count on, or a list, drawn if left out; `n` (1); `steps` (20); `guidance` (the model's
-        own); `rescale` (0); `sampler` (`samplers.dpmpp_2m`); `schedule` ("karras", or another spacing of
-        `schedule.plan`); `long_prompts` ("cut") and `clip_skip` of `encode_text`; `tile` of `decode`, for large
-        pictures; `progress` (True).
+        picture, the next ones count on, or a list, drawn if left out; `n` (1); `rescale` (0); `long_prompts` ("cut")
+        and `clip_skip` of `encode_text`; `tile` of `decode`, for large pictures; `progress` (True). The model's own are
+        used for `guidance`, `steps`, `sampler` and `schedule`, a spacing of `schedule.plan`, where they are left out:
+        mostly 20 steps of `samplers.dpmpp_2m`, spaced "karras".
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.

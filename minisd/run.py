@@ -36,11 +36,11 @@ class Run:
         negative: str | Sequence[str] = "",
         seed: int | Sequence[int] | None = None,
         n: int = 1,
-        steps: int = 20,
+        steps: int | None = None,
         guidance: float | None = None,
         rescale: float = 0.0,
-        sampler: Callable = samplers.dpmpp_2m,
-        schedule: str = "karras",
+        sampler: Callable | None = None,
+        schedule: str | None = None,
         strength: float = 1.0,
         long_prompts: Literal["cut", "chunk"] = "cut",
         clip_skip: int | None = None,
@@ -55,7 +55,9 @@ class Run:
         self.seeds = checks.seeds(secrets.randbelow(2**31) if seed is None else seed, len(self.prompts))
         self.single = isinstance(prompt, str) and n == 1
 
-        steps = checks.integer("steps", steps, 1, len(noise_schedule.betas))
+        sampler = getattr(samplers, config.sampler) if sampler is None else sampler
+        schedule = config.spacing if schedule is None else schedule
+        steps = checks.integer("steps", config.steps if steps is None else steps, 1, len(noise_schedule.betas))
         if not callable(sampler):
             raise ValueError(f"sampler is {sampler!r}; it must be a function such as minisd.samplers.euler")
         if isinstance(sampler, functools.partial) and "eta" in sampler.keywords:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -389,6 +389,7 @@ class Stages(Latents):
     """
 
     STEPS, SUBSTEPS = 4, 3  # of the student; of the teacher, to each of the student's
+    DRAWN: ClassVar = {"steps": STEPS, "sampler": "euler", "spacing": "trailing"}  # how the student is to be used
 
     def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
         visited = plan(self.schedule, self.STEPS, "trailing").timesteps.long()

@@ -233,7 +233,7 @@ def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Reco
     """A variant that draws in 4 steps of Euler, and needs no guidance: it is distilled into it."""
     teacher, schedule = shop.part("unet", UNet(shop.config.unet)), from_config(shop.config.schedule)
     loss = partial(distillation_loss, teacher, schedule, shop.config.guidance)
-    yield from shop.variant("distilled", shop.latents(Stages), loss, run, guidance=1.0)
+    yield from shop.variant("distilled", shop.latents(Stages), loss, run, guidance=1.0, **Stages.DRAWN)
 
 
 def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Record]:
