@@ -179,8 +179,8 @@ def train(
 ) -> None:
     """Train the bundled model or a part of it, best on a GPU or under torchrun on many; a stopped run goes on.
 
-    When the model is whole: refine; its variants eyes, inpaint, depth, estimator, distilled; control, classifier.
-    Alone: oracle, pixels.
+    When the model is whole: refine; its variants inpaint, depth, estimator, distilled; control, classifier. Alone:
+    oracle, pixels.
     """
     from .train.loop import share, start_processes
     from .train.recipes import chosen

@@ -206,30 +206,13 @@ class Decodings:
         level = self.level * torch.rand(count, 1, 1, 1, generator=generator)
         z = z + level * torch.randn(z.shape, generator=generator)
         side = min(self.SIDE, z.shape[-1])
-        corners = self.corners(batch["weight"], z.shape[-1] - side, generator).tolist()
+        corners = torch.randint(z.shape[-1] - side + 1, (count, 2), generator=generator).tolist()
 
         def squares(maps: Tensor, cell: int) -> Tensor:
             places = [(slice(cell * y, cell * (y + side)), slice(cell * x, cell * (x + side))) for y, x in corners]
             return torch.stack([one[:, rows, columns] for one, (rows, columns) in zip(maps, places, strict=True)])
 
         return {"z": squares(z, 1), **{name: squares(batch[name], self.factor) for name in ("image", "weight")}}
-
-    def corners(self, weight: Float[Tensor, "b 1 h w"], last: int, generator: torch.Generator) -> Int[Tensor, "b 2"]:
-        """The cell, down and across, at which each square begins: from 0 to `last`, anywhere."""
-        return torch.randint(last + 1, (len(weight), 2), generator=generator)
-
-
-class Eyes(Decodings):
-    """The same for a decoder that is to be good at eyes: smaller squares, each with some of an eye near its middle."""
-
-    SIDE = 16
-
-    def corners(self, weight: Float[Tensor, "b 1 h w"], last: int, generator: torch.Generator) -> Int[Tensor, "b 2"]:
-        chance = (weight > 1).flatten(1).float()
-        chance[chance.sum(1) == 0] = 1  # where no eye is seen, anywhere
-        pixel = torch.multinomial(chance, 1, generator=generator)
-        cell = torch.cat([pixel // weight.shape[-1], pixel % weight.shape[-1]], dim=1) // self.factor
-        return (cell - self.SIDE // 2).clamp(0, last)
 
 
 class Distances:

@@ -2,8 +2,8 @@
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
 `refine` goes on with the noise predictor; variants of it are to be made anew then.
-`eyes`, `inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a
-ControlNet for it, `classifier` reads its latents. `pixels` stands alone.
+`inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a ControlNet
+for it, `classifier` reads its latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws.
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..adapters import controlnet, lora
+from ..adapters import controlnet
 from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
@@ -38,14 +38,13 @@ from ..schedule import from_config
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import read_tokenizer, save_module, write_config
+from ..weights import read_tokenizer, save_module
 from .data import (
     Captioned,
     Decodings,
     Depths,
     Distances,
     Edges,
-    Eyes,
     Holes,
     Labelled,
     Latents,
@@ -73,7 +72,6 @@ CAPTIONS = 50_000  # that the tokenizer learns from
 
 VAE_RUN = TrainConfig(steps=3_000, batch_size=16, lr=1.5e-3, ema=0.998, bf16=True)
 DECODER_RUN = TrainConfig(steps=2_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
-EYES_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=9, bf16=True)
 CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
 REFINE_RUN = TrainConfig(steps=8_000, batch_size=128, lr=5e-4, cooldown=0.7, ema=0.999, seed=8, bf16=True)
@@ -121,25 +119,6 @@ def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
     module.quant.requires_grad_(False)
     yield from shop.run("decoder", module, decoder_loss, data, run)
     shop.keep(config, vae=module)
-
-
-def eyes(shop: Workshop, run: TrainConfig = EYES_RUN) -> Iterator[Record]:
-    """A variant whose decoder has seen little but eyes: low-rank changes, and another picture from the same latent.
-
-    What is called a "VAE file" for Stable Diffusion is such a decoder.
-    """
-    config = shop.config
-
-    def make() -> VAE:
-        module = shop.part("vae", VAE(config.vae))
-        lora.attach(module.decoder, RANK)
-        return module
-
-    module, data = shop.fresh(make, run.seed), Eyes(shop.data(), shop.part("vae", VAE(config.vae)))
-    yield from shop.run("eyes", module, decoder_loss, data, run)
-    if share()[0] == 0:
-        save_tensors(shop.beside("eyes") / "vae.lora.safetensors", lora.changes(module))
-        write_config(shop.beside("eyes"), dataclasses.replace(config, name=f"{config.name}-eyes", base=config.name))
 
 
 def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
@@ -258,7 +237,6 @@ RECIPES = {
     "refine": (refine, REFINE_RUN),
     "clip": (clip, CLIP_RUN),
     "decoder": (decoder, DECODER_RUN),
-    "eyes": (eyes, EYES_RUN),
     "oracle": (oracle, ORACLE_RUN),
     "inpaint": (inpaint, VARIANT_RUN),
     "estimator": (estimator, ESTIMATOR_RUN),
