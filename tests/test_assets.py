@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import minisd
+from minisd.evaluate import load_oracle
 from minisd.files import sha256
+from minisd.image import from_pil
 from minisd.weights import assets
 
 WEIGHTS = sorted((assets() / "models").rglob("*.safetensors"))
@@ -51,3 +53,11 @@ def test_the_noise_of_the_bundled_model_goes_further_than_stable_diffusions():
     assert torch.allclose(ours.alpha_bar, minisd.schedule.scaled_linear(end=0.02).alpha_bar)
     cells = 64 * 64
     assert cells**0.5 / ours.sigmas[-1] == pytest.approx(1, rel=0.05) and cells**0.5 / theirs.sigmas[-1] > 4
+
+
+def test_the_distilled_model_draws_in_four_steps_what_the_prompt_says():
+    sd, oracle = minisd.load("critters-512-distilled"), load_oracle()
+    drawn = sd([f"a cartoon of a {fur} cat in the snow" for fur in ("orange", "black")], n=3, seed=0, progress=False)
+    info = drawn[0].info
+    assert (info["steps"], info["sampler"], info["schedule"], info["guidance"]) == (4, "euler", "trailing", 1.0)
+    assert [reading["fur"] for reading in oracle.read(from_pil(drawn))] == ["orange"] * 3 + ["black"] * 3

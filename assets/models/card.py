@@ -17,6 +17,9 @@ WHAT = {
     "text.safetensors": "the text tower",
     "image_tower.safetensors": "the mini CLIP's image tower",
     "unet.lora.safetensors": "changes of the noise predictor",
+    "control.lora.safetensors": "the ControlNet's changes and own parts",
+    "classifier.safetensors": "the classifier of noisy latents",
+    "pixels.safetensors": "draws small pictures without latents and words",
     "depth.safetensors": "the depth estimator",
     "oracle.safetensors": "reads attributes back from pictures",
 }
@@ -50,7 +53,8 @@ def obeyed(counts: dict[str, list[int]], accuracy: dict | None = None) -> list[s
 
 
 def adherence(measured: dict) -> str:
-    rows = [[name, str(max(n for _, n in c.values())), *obeyed(c)] for name, c in measured["adherence"].items()]
+    found = measured["adherence"] | measured["distilled"]
+    rows = [[name, str(max(n for _, n in c.values())), *obeyed(c)] for name, c in found.items()]
     best = "held-out, guidance 4, 20 steps"
     divided = obeyed(measured["adherence"][best], measured["oracle_on_renders"])
     last = [f"{best}, divided by the oracle's accuracy", "", *divided]
@@ -94,7 +98,13 @@ def depth(measured: dict) -> str:
     )
 
 
-BLOCKS = {"depth": depth, "zero shot": zero_shot, "adherence": adherence, "oracle": oracle, "styles": styles}
+BLOCKS = {
+    "depth": depth,
+    "zero shot": zero_shot,
+    "adherence": adherence,
+    "oracle": oracle,
+    "styles": styles,
+}
 
 
 def written(card: str) -> str:

@@ -2,7 +2,7 @@
 
 Fresh renders (never trained on) tell how well the oracle reads and how much the autoencoder loses; prompts drawn by the
 models tell how well they obey, read by the oracle, how far their pictures are from renders, and whether they are copies
-of training renders. `card.py` puts it all into the card.
+of training renders. `--only` measures some of that anew and keeps the rest. `card.py` puts it all into the card.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import platform
 import tempfile
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from minisd.critters import WORDS, Scene, prompt
 from minisd.critters.oracle import SIZE, Oracle, accuracy, as_seen, shown
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
 from minisd.image import from_pil, to_pil
-from minisd.pipeline import StableDiffusion
 from minisd.train.data import Distances, Renders
 from minisd.weights import read_module, resolve
 
@@ -47,30 +47,61 @@ def features(oracle: Oracle, images: Tensor) -> Tensor:
     return torch.cat([oracle.features(some) for some in images.split(50)])
 
 
-def rebuild(sd: StableDiffusion, fresh: Renders) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Renders and their reconstructions as the oracle sees them (at 512 x 512 a thousand take three gigabytes), and how
-    good these are at their own size.
-    """
-    small, rebuilt, whole, eyes = [], [], [], []
-    for some in torch.arange(len(fresh)).split(10):
-        pictures, mask = fresh.pictures(some), torch.from_numpy(fresh.eyes[some.numpy()]).float()
-        again = sd.decode(sd.encode(pictures))
-        seen = mask.flatten(1).any(1)
-        whole.append(psnr(pictures, again))
-        eyes.append(psnr(pictures[seen], again[seen], mask[seen]))
-        small.append(as_seen(pictures))
-        rebuilt.append(as_seen(again))
-    quality = {"psnr": torch.cat(whole).mean().item(), "psnr_in_the_eyes": torch.cat(eyes).mean().item()}
-    return torch.cat(small), torch.cat(rebuilt), quality
+class Bench:
+    """What is measured, and with what: made once, when it is first asked for."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.sd, self.oracle = minisd.load(), load_oracle()
+
+    @cached_property
+    def fresh(self) -> Renders:
+        return Renders(self.options.cache, self.options.renders, self.sd.config.size, seed=1)
+
+    @cached_property
+    def pictures(self) -> Tensor:
+        """The fresh renders as the oracle sees them: at 512 x 512 a thousand take three gigabytes."""
+        return torch.cat([as_seen(self.fresh.pictures(some)) for some in torch.arange(len(self.fresh)).split(10)])
+
+    @cached_property
+    def rebuilt(self) -> tuple[Tensor, dict[str, float]]:
+        """Their reconstructions, as the oracle sees them, and how good these are at their own size."""
+        small, whole, eyes = [], [], []
+        for some in torch.arange(len(self.fresh)).split(10):
+            pictures, mask = self.fresh.pictures(some), torch.from_numpy(self.fresh.eyes[some.numpy()]).float()
+            again, seen = self.sd.decode(self.sd.encode(pictures)), mask.flatten(1).any(1)
+            small.append(as_seen(again))
+            whole.append(psnr(pictures, again))
+            eyes.append(psnr(pictures[seen], again[seen], mask[seen]))
+        quality = {"psnr": torch.cat(whole).mean().item(), "psnr_in_the_eyes": torch.cat(eyes).mean().item()}
+        return torch.cat(small), quality
+
+    @cached_property
+    def trained(self) -> tuple[list[Scene], Tensor]:
+        """Scenes of the training split and what is drawn from them."""
+        scenes = scenes_of("train", self.options.renders // 2)
+        return scenes, as_seen(draw_scenes(self.sd, scenes, guidance=4))
 
 
-def as_a_set(oracle: Oracle, drawn: Tensor, pictures: Tensor, rebuilt: Tensor, training: Tensor) -> dict:
+def renders(bench: Bench) -> dict:
+    """How well the oracle reads renders and reconstructions, and how good these are."""
+    rebuilt, quality = bench.rebuilt
+    return {
+        "renders": len(bench.fresh),
+        "oracle_on_renders": accuracy(bench.oracle, bench.pictures, bench.fresh.scenes),
+        "oracle_on_reconstructions": accuracy(bench.oracle, rebuilt, bench.fresh.scenes),
+        **quality,
+    }
+
+
+def sets(bench: Bench) -> dict:
     """How far drawn pictures are from renders; beside each number what renders have, at which nothing is wrong.
 
     `nearest` is the median distance to the nearest training render: copies would be nearer than fresh renders are.
     """
-    one, other = features(oracle, pictures).chunk(2)
-    new, known = features(oracle, drawn), features(oracle, training)
+    training = Renders(bench.options.training, bench.options.known, bench.sd.config.size).shrunk(SIZE).float()
+    one, other = features(bench.oracle, bench.pictures).chunk(2)
+    new, known = features(bench.oracle, bench.trained[1]), features(bench.oracle, training / 127.5 - 1)
 
     def nearest(some: Tensor) -> float:
         return torch.cdist(some, known).amin(dim=1).median().item()
@@ -79,7 +110,7 @@ def as_a_set(oracle: Oracle, drawn: Tensor, pictures: Tensor, rebuilt: Tensor, t
         "frechet": {
             "n": len(one),
             "renders": frechet_distance(one, other),
-            "reconstructions": frechet_distance(features(oracle, rebuilt)[: len(one)], other),
+            "reconstructions": frechet_distance(features(bench.oracle, bench.rebuilt[0])[: len(one)], other),
             "drawn": frechet_distance(new, other),
         },
         "diversity": {"renders": diversity(one), "drawn": diversity(new)},
@@ -87,8 +118,26 @@ def as_a_set(oracle: Oracle, drawn: Tensor, pictures: Tensor, rebuilt: Tensor, t
     }
 
 
-def zero_shot(sd: StableDiffusion, scenes: list[Scene], pictures: Tensor) -> dict[str, dict[str, float]]:
+def obeys(bench: Bench) -> dict:
+    """What the oracle reads back, by setting."""
+    found = {"train, guidance 4, 20 steps": counted(bench.oracle, *bench.trained)}
+    for split, guidance, steps in SETTINGS:
+        scenes = scenes_of(split, bench.options.prompts)
+        drawn = draw_scenes(bench.sd, scenes, guidance=guidance, steps=steps)
+        found[f"{split}, guidance {guidance}, {steps} steps"] = counted(bench.oracle, scenes, drawn)
+    return {"adherence": found}
+
+
+def distilled(bench: Bench) -> dict:
+    """The same of the variant of four steps, drawn as its config says."""
+    scenes = scenes_of("held-out", bench.options.prompts)
+    drawn = draw_scenes(minisd.load("critters-512-distilled"), scenes)
+    return {"distilled": {"held-out, 4 steps, distilled": counted(bench.oracle, scenes, drawn)}}
+
+
+def zero_shot(bench: Bench) -> dict:
     """How often the mini CLIP finds the right one among a scene's prompts with each word of one attribute."""
+    sd, scenes, pictures = bench.sd, bench.fresh.scenes[:400], bench.pictures[:400]
     tower = read_module(ImageTower(CRITTERS_IMAGE_TOWER), resolve(None) / "image_tower.safetensors")
     found = {name: [] for name in WORDS if name != "studio"}
     for scene, own in zip(scenes, tower.embed(pictures), strict=True):
@@ -101,17 +150,20 @@ def zero_shot(sd: StableDiffusion, scenes: list[Scene], pictures: Tensor) -> dic
                 best = (sd.text.embed(sd.tokenizer(list(texts))) @ own).argmax().item()
                 found[name].append((best == 0, 1 / len(texts)))
     return {
-        name: {"right": sum(r for r, _ in f) / len(f), "chance": sum(c for _, c in f) / len(f), "count": len(f)}
-        for name, f in found.items()
+        "zero_shot": {
+            name: {"right": sum(r for r, _ in f) / len(f), "chance": sum(c for _, c in f) / len(f), "count": len(f)}
+            for name, f in found.items()
+        }
     }
 
 
-def depths_kept(fresh: Renders, count: int) -> dict[str, float]:
+def depth(bench: Bench) -> dict:
     """How well the estimator tells depths, and the depth variant keeps those of a render under another one's prompt.
 
     `error` is the mean of |8 / depth| estimated against true; the others are correlations of disparities over a
     picture's pixels: of what was drawn with the render, as the estimator sees both, and of two renders by chance.
     """
+    fresh, count = bench.fresh, min(40, len(bench.fresh) - 1)
     sd, near = minisd.load("critters-512-depth"), torch.from_numpy(fresh.disparities(SIZE)[: count + 1]).float()
     pictures = fresh.pictures(torch.arange(count))
     estimated, drawn = sd.depth.estimate(pictures), []
@@ -123,47 +175,35 @@ def depths_kept(fresh: Renders, count: int) -> dict[str, float]:
         return F.cosine_similarity(a, b).mean().item()
 
     return {
-        "pictures": count,
-        "error": (estimated - Distances.UNIT * near[:-1]).abs().mean().item(),
-        "kept": alike(sd.depth.estimate(torch.cat(drawn)), estimated),
-        "by chance": alike(near[1:], near[:-1]),
+        "depth": {
+            "pictures": count,
+            "error": (estimated - Distances.UNIT * near[:-1]).abs().mean().item(),
+            "kept": alike(sd.depth.estimate(torch.cat(drawn)), estimated),
+            "by chance": alike(near[1:], near[:-1]),
+        }
     }
+
+
+SECTIONS = {each.__name__: each for each in (renders, zero_shot, sets, obeys, distilled, depth)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS])
     parser.add_argument("--renders", type=int, default=2000)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "minisd-fresh")
     parser.add_argument("--known", type=int, default=2400, help="how many of the training renders to compare with")
     parser.add_argument("--training", type=Path, default=Path("runs/renders"), help="the renders it was trained on")
     options = parser.parse_args()
-    sd, oracle = minisd.load(), load_oracle()
 
-    fresh = Renders(options.cache, options.renders, sd.config.size, seed=1)
-    pictures, rebuilt, quality = rebuild(sd, fresh)
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "renders": len(fresh),
-        "oracle_on_renders": accuracy(oracle, pictures, fresh.scenes),
-        "oracle_on_reconstructions": accuracy(oracle, rebuilt, fresh.scenes),
-        **quality,
-    }
-
-    result["zero_shot"] = zero_shot(sd, fresh.scenes[:400], pictures[:400])
-
-    scenes = scenes_of("train", len(fresh) // 2)
-    drawn = as_seen(draw_scenes(sd, scenes, guidance=4))
-    training = Renders(options.training, options.known, sd.config.size).shrunk(SIZE).float() / 127.5 - 1
-    result |= as_a_set(oracle, drawn, pictures, rebuilt, training)
-
-    result["adherence"] = {"train, guidance 4, 20 steps": counted(oracle, scenes, drawn)}
-    for split, guidance, steps in SETTINGS:
-        scenes = scenes_of(split, options.prompts)
-        drawn = draw_scenes(sd, scenes, guidance=guidance, steps=steps)
-        result["adherence"][f"{split}, guidance {guidance}, {steps} steps"] = counted(oracle, scenes, drawn)
-    result["depth"] = depths_kept(fresh, count=min(40, len(fresh) - 1))
-    Path(__file__).with_name("measured.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = Path(__file__).with_name("measured.json")
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    bench = Bench(options)
+    for name in options.only:
+        result |= SECTIONS[name](bench)
+        result["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
