@@ -1,8 +1,8 @@
 """The training loop: a generator that yields a record a step; the caller owns logging, plots and stopping.
 
 All randomness of a step comes from a generator seeded by the run's seed and the step's number, and is drawn for the
-whole batch before it is shared out among processes. So a run is a pure function of its config: resuming needs no random
-state, and two processes see exactly the samples, times and noises that one would.
+whole batch before it is shared out among processes. So a run is a pure function of its config, unless that limits its
+minutes: resuming needs no random state, and two processes see exactly the samples, times and noises that one would.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..files import CheckpointError, load_strictly, replacing
 
-LENGTH = (
-    "steps",
-    "minutes",
-    "cooldown",
-)  # the settings that may change when a run goes on: it may become longer or shorter
+LENGTH = ("steps", "minutes", "cooldown")  # may change when a run goes on: it may become longer or shorter
 WORKERS = 6  # processes that make batches where there is a GPU to be kept busy
 
 Batch = dict[str, Tensor]
