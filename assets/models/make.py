@@ -1,8 +1,12 @@
 """Go on with the bundled models on one GPU for so many minutes: `python assets/models/make.py 12`.
 
-Renders first, in several processes; then the noise predictor, and what does not need it, side by side; then all that is
-made from it. Each recipe has its share of the time. Whatever is finished lies in `runs/critters-512` and the folders
-beside it, its losses in tables beside those; `minisd train` goes on with one recipe alone.
+Renders first, in several processes; then the noise predictor, alone; then all that is made from it, side by side. Each
+recipe has its share of the time. Whatever is finished lies in `runs/critters-512` and the folders beside it, its losses
+in tables beside those; `minisd train` goes on with one recipe alone.
+
+On an H100 with 16 cores one process renders 146 pictures a second, after 39 seconds of compiling, and five encode 450.
+A step of the noise predictor is 3,300 small kernels, which take the CPU 120 ms to start, whatever the batch; the GPU
+has done them after 93 ms for a batch of 256. Hence batches of 512. Compiled, 256 take 88 ms, after two minutes.
 """
 
 import argparse
@@ -16,20 +20,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from minisd import critters
 from minisd.train.workshop import RENDERS, Workshop
 from minisd.weights import BUNDLED, assets
 
-RENDERERS = 5  # processes: one waits for Python most of the time
+RENDERERS = 5  # processes
 READING = 0.5  # minutes until a recipe has read its renders
 STAGES = [  # a share of the time that is left when the renders are there, and what is trained in it
-    (0.6, ["refine", "oracle", "pixels"]),
-    (0.4, ["inpaint", "depth", "control", "distilled", "classifier", "clip"]),
+    (0.65, ["refine"]),
+    (0.35, ["inpaint", "depth", "control", "distilled", "classifier", "clip"]),
 ]
 
 
-def render(rank: int, folder: Path, renders: int) -> None:
+def render(rank: int, ranks: int, folder: Path, renders: int) -> None:
     """One process's share of the renders and of their latents."""
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29400", rank=rank, world_size=RENDERERS)
+    if torch.cuda.is_available():  # of 80 GB five took 60 when left alone
+        torch.cuda.set_per_process_memory_fraction(0.12)
+    critters.compile()
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29400", rank=rank, world_size=ranks)
     Workshop(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), renders).latents()
 
 
@@ -56,7 +64,7 @@ def main() -> None:
 
     if not (options.folder / BUNDLED).exists():
         shutil.copytree(assets() / "models" / BUNDLED, options.folder / BUNDLED)
-    processes.spawn(render, (options.folder, options.renders), nprocs=RENDERERS)
+    processes.spawn(render, (RENDERERS, options.folder, options.renders), nprocs=RENDERERS)
     left = (end - time.monotonic()) / 60
     for share, recipes in STAGES:
         print(f"{', '.join(recipes)}: {share * left:.1f} minutes", flush=True)

@@ -164,7 +164,7 @@ def depth(bench: Bench) -> dict:
     picture's pixels: of what was drawn with the render, as the estimator sees both, and of two renders by chance.
     """
     fresh, count = bench.fresh, min(40, len(bench.fresh) - 1)
-    sd, near = minisd.load("critters-512-depth"), torch.from_numpy(fresh.disparities(SIZE)[: count + 1]).float()
+    sd, near = minisd.load("critters-512-depth"), fresh.disparities(SIZE)[: count + 1]
     pictures = fresh.pictures(torch.arange(count))
     estimated, drawn = sd.depth.estimate(pictures), []
     for i, picture in enumerate(to_pil(pictures)):

@@ -79,15 +79,27 @@ class Renders:
             "scenes": json.dumps([asdict(s) for s in scenes]),
         }
 
-    def disparities(self, size: int) -> np.ndarray:
-        """How near everything is, 1 / depth, [n, 1, size, size]: made on first use and kept beside the pictures."""
+    def known(self, kind: str, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What else is to be known of all samples, as `make` says it of those at some indices: in half precision.
 
-        def make(number: int) -> dict[str, Any]:
-            distance = depths(self.scenes[number * CHUNK : (number + 1) * CHUNK], size, device=self.device)
-            return {"disparity": (1 / distance).half().cpu().numpy()}
+        It is made on first use and kept beside the pictures. `kind` is a name for it.
+        """
+        indices = torch.arange(len(self)).split(CHUNK)
+        files = self._make(
+            f"{kind}-{len(indices[-1])}",  # the last file may hold fewer samples: then it's no use to a longer set
+            len(self),
+            lambda number: {name: t.half().cpu().numpy() for name, t in make(indices[number]).items()},
+        )
+        parts = [np.load(path) for _, path in files]
+        return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0].files}
 
-        files = self._make(f"depth-{size}", len(self), make)
-        return np.concatenate([np.load(path)["disparity"][: part.stop - part.start] for part, path in files])
+    def disparities(self, size: int) -> Float[Tensor, "n 1 size size"]:
+        """How near everything is, 1 / depth."""
+
+        def make(indices: Tensor) -> dict[str, Tensor]:
+            return {"disparity": 1 / depths([self.scenes[i] for i in indices], size, device=self.device)}
+
+        return self.known(f"depth-{size}", make)["disparity"].float()
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -148,37 +160,28 @@ class Pictures:
 
 
 def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], Float[Tensor, "n 2 z h w"]]:
-    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored.
+    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored."""
+    device = next(vae.parameters()).device
 
-    They are made on first use and kept beside the renders, under a name that depends on the encoder's weights.
-    """
+    @torch.no_grad()
+    def make(indices: Tensor) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {"mean": [], "deviation": []}
+        with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
+            for some in indices.split(8):  # a small batch stays in the cache
+                image = renders.pictures(some, device=device)
+                both = [vae.posterior(side) for side in (image, image.flip(3))]
+                found["mean"].append(torch.stack([p.mean for p in both], dim=1))
+                found["deviation"].append(torch.stack([(p.logvar / 2).exp() for p in both], dim=1))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    latents = renders.known(f"latents-{renders.size}-{encoder_name(vae)}", make)
+    return latents["mean"], latents["deviation"]
+
+
+def encoder_name(vae: VAE) -> str:
+    """A name for an autoencoder's encoder, by its weights."""
     weights = b"".join(p.detach().cpu().numpy().tobytes() for m in (vae.encoder, vae.quant) for p in m.parameters())
-    encoder = hashlib.sha256(weights).hexdigest()[:12]
-    path = renders.folder / f"latents-{renders.size}-{renders.seed}-{len(renders)}-{encoder}.pt"
-    rank, ranks = share()
-    if not path.exists():
-        parts = [_encoded(renders, vae, torch.arange(len(renders)).tensor_split(ranks)[rank])] * ranks
-        if ranks > 1:
-            dist.all_gather_object(parts, parts[rank])
-        if rank == 0:
-            with replacing(path) as temporary:
-                torch.save(tuple(torch.cat(part) for part in zip(*parts, strict=True)), temporary)
-        if ranks > 1:
-            dist.barrier()
-    return torch.load(path, weights_only=True, mmap=True)  # processes side by side share it
-
-
-@torch.no_grad()
-def _encoded(renders: Renders, vae: VAE, mine: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and deviations of the renders at some indices."""
-    device, means, deviations = next(vae.parameters()).device, [], []
-    with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
-        for indices in tqdm(mine.split(8), desc="encoding", disable=share()[0] > 0):  # a small batch stays in the cache
-            image = renders.pictures(indices, device=device)
-            both = [vae.posterior(side) for side in (image, image.flip(3))]
-            means.append(torch.stack([p.mean.cpu() for p in both], dim=1))
-            deviations.append(torch.stack([(p.logvar / 2).exp().cpu() for p in both], dim=1))
-    return torch.cat(means), torch.cat(deviations)
+    return hashlib.sha256(weights).hexdigest()[:12]
 
 
 class Decodings:
@@ -221,7 +224,7 @@ class Distances:
     UNIT = 8.0  # heads: disparities are `UNIT / depth`, about 1 at the critter and 0.5 at the sky
 
     def __init__(self, renders: Renders, size: int):
-        self.renders, self.size, self.disparities = renders, size, renders.disparities(size)
+        self.renders, self.size, self.disparities = renders, size, renders.disparities(size).numpy()
 
     def __len__(self) -> int:
         return len(self.renders)
@@ -230,7 +233,7 @@ class Distances:
         mirrored = torch.rand(len(indices), generator=generator) < 0.5
         return {
             "image": self.renders.pictures(indices, mirrored, self.size),
-            "disparity": self.UNIT * _some(self.disparities, indices, mirrored).float(),
+            "disparity": self.UNIT * _some(self.disparities, indices, mirrored),
         }
 
 
@@ -300,24 +303,40 @@ class Latents:
 
 
 class Holes(Latents):
-    """What a noise predictor sees that fills holes: beside the latent, which cells are to be redrawn, and the rest.
+    """What a noise predictor sees that fills holes: beside the latent, which cells are to be redrawn, and the rest's.
 
-    Holes are ellipses and rectangles, up to three a picture; one picture in four is wholly to be redrawn, as in the
-    training of Stable Diffusion's inpainting models (their model cards).
+    Each render and each mirrored one has a hole of its own, and what is left of it is encoded once.
     """
 
-    WHOLE = 0.25
+    def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        super().__init__(renders, vae, tokenizer, schedule)
+        device, factor = next(vae.parameters()).device, vae.config.factor
+
+        def shown(image: Tensor, generator: torch.Generator) -> Tensor:
+            white = holes(len(image), image.shape[-1], generator).to(device)
+            return torch.cat([white[:, :, ::factor, ::factor], vae.encode(image * (1 - white))], dim=1)
+
+        @torch.no_grad()
+        def make(indices: Tensor) -> dict[str, Tensor]:
+            generator, found = torch.Generator().manual_seed(int(indices[0])), []
+            for some in indices.split(8):
+                image = renders.pictures(some, device=device)
+                found.append(torch.stack([shown(image, generator), shown(image.flip(3), generator)], dim=1))
+            return {"shown": torch.cat(found)}
+
+        self.shown = renders.known(f"holes-{renders.size}-{encoder_name(vae)}", make)["shown"]
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        image = self.renders.pictures(indices, batch["mirrored"])
-        white = holes(len(indices), image.shape[-1], generator)
-        white[torch.rand(len(indices), generator=generator) < self.WHOLE] = 1
-        return batch | {"white": white, "rest": image * (1 - white)}
+        shown = self.shown[indices, batch["mirrored"].long()]
+        return batch | {"x_t": torch.cat([batch["x_t"], shown], dim=1)}
 
 
-def holes(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:
-    """Random masks, 1 where there is a hole: one to three ellipses or rectangles in each."""
+def holes(count: int, size: int, generator: torch.Generator, whole: float = 0.25) -> Float[Tensor, "b 1 h w"]:
+    """Random masks, 1 where there is a hole: one to three ellipses or rectangles in each.
+
+    One in four is a hole as a `whole`, as in the training of Stable Diffusion's inpainting models (their model cards).
+    """
     at = torch.linspace(-1, 1, size)
     centre = 2 * torch.rand(count, 3, 2, 1, generator=generator) - 1
     reach = 0.1 + 0.6 * torch.rand(count, 3, 2, 1, generator=generator)
@@ -326,7 +345,9 @@ def holes(count: int, size: int, generator: torch.Generator) -> Float[Tensor, "b
     round_, square = down.square() + across.square() < 1, (down < 1) & (across < 1)
     shape = torch.where(torch.rand(count, 3, 1, 1, generator=generator) < 0.5, round_, square)
     there = torch.arange(3) <= torch.randint(3, (count, 1), generator=generator)
-    return (shape & there[:, :, None, None]).any(1, keepdim=True).float()
+    white = (shape & there[:, :, None, None]).any(1, keepdim=True).float()
+    white[torch.rand(count, generator=generator) < whole] = 1
+    return white
 
 
 class Depths(Latents):
@@ -334,8 +355,7 @@ class Depths(Latents):
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         super().__init__(renders, vae, tokenizer, schedule)
-        disparities = torch.from_numpy(renders.disparities(CRITTERS_DEPTH.size)).float()
-        near = depth_channel(disparities, tuple(self.mean.shape[-2:]))
+        near = depth_channel(renders.disparities(CRITTERS_DEPTH.size), tuple(self.mean.shape[-2:]))
         self.near = torch.stack([near, near.flip(3)], dim=1)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:

@@ -20,12 +20,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ..files import CheckpointError, load_strictly, replacing
 
 LENGTH = ("steps", "minutes", "cooldown")  # may change when a run goes on: it may become longer or shorter
-WORKERS = 6  # processes that make batches where there is a GPU to be kept busy
+WORKERS = 10  # processes that make batches where there is a GPU to be kept busy
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -140,11 +141,9 @@ class EMA:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
 
-    @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (step + 1) / (step + 10))
-        for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(weight.detach(), 1 - decay)
+        move = get_ema_multi_avg_fn(min(self.decay, (step + 1) / (step + 10)))
+        move(list(self.module.parameters()), list(module.parameters()), None)
 
 
 def save_checkpoint(path: Path, state: dict[str, object]) -> None:

@@ -135,19 +135,6 @@ def noise_loss(unet: UNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return F.mse_loss(unet(batch["x_t"], batch["t"]).float(), batch["eps"]), {}
 
 
-def inpainting_loss(vae: VAE, predictor: Predictor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """`diffusion_loss` of a network that is also shown which cells to redraw, and the latent of what is left.
-
-    Batch: that of `diffusion_loss`; `white` [b 1 H W], 1 where the picture is to be redrawn; `rest` [b 3 H W], the
-    picture with grey in these places.
-    """
-    factor = vae.config.factor
-    with torch.no_grad():
-        rest = vae.encode(batch["rest"])
-    x = torch.cat([batch["x_t"], batch["white"][:, :, ::factor, ::factor], rest], dim=1)
-    return diffusion_loss(predictor, batch | {"x_t": x})
-
-
 def control_loss(predictor: Predictor, control: ControlNet, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """`diffusion_loss` of a finished network that a ControlNet talks to (Zhang et al. 2023, equation 5).
 

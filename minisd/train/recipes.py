@@ -62,7 +62,6 @@ from .losses import (
     depth_loss,
     diffusion_loss,
     distillation_loss,
-    inpainting_loss,
     noise_loss,
     vae_loss,
 )
@@ -74,7 +73,7 @@ VAE_RUN = TrainConfig(steps=3_000, batch_size=16, lr=1.5e-3, ema=0.998, bf16=Tru
 DECODER_RUN = TrainConfig(steps=2_000, batch_size=16, lr=1e-3, cooldown=0.6, ema=0.998, seed=2, bf16=True)
 CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, warmup=100, bf16=True)
 UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
-REFINE_RUN = TrainConfig(steps=8_000, batch_size=128, lr=5e-4, cooldown=0.7, ema=0.999, seed=8, bf16=True)
+REFINE_RUN = TrainConfig(steps=4_000, batch_size=512, lr=1e-3, cooldown=0.7, ema=0.998, seed=8, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
@@ -139,7 +138,7 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
 def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Iterator[Record]:
     """The noise predictor goes on from where it is; the text tower, which other parts know by now, stays as it is."""
     module = Predictor(shop.part("text", TextTower(shop.config.text)), shop.part("unet", UNet(shop.config.unet)))
-    module.unet.requires_grad_(True).to(memory_format=torch.channels_last)
+    module.unet.requires_grad_(True)
     yield from shop.run("refine", module, diffusion_loss, shop.latents(), run)
     shop.keep(shop.config, unet=module.unet)
 
@@ -169,8 +168,8 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
 
 def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A variant that fills holes: it is also shown which cells to redraw, and the latent of the rest."""
-    loss = partial(inpainting_loss, shop.part("vae", VAE(shop.config.vae)))
-    yield from shop.variant("inpaint", shop.latents(Holes), loss, run, beside=1 + shop.config.vae.latent_channels)
+    beside = 1 + shop.config.vae.latent_channels
+    yield from shop.variant("inpaint", shop.latents(Holes), diffusion_loss, run, beside)
 
 
 def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Record]:
