@@ -7,10 +7,15 @@ import pytest
 import torch
 
 import minisd
+from minisd.config import CRITTERS_PIXELS
+from minisd.denoiser import Denoiser
 from minisd.evaluate import load_oracle
 from minisd.files import sha256
 from minisd.image import from_pil
-from minisd.weights import assets
+from minisd.samplers import ancestral
+from minisd.schedule import linear, plan
+from minisd.unet import UNet
+from minisd.weights import assets, read_module
 
 WEIGHTS = sorted((assets() / "models").rglob("*.safetensors"))
 
@@ -61,3 +66,21 @@ def test_the_distilled_model_draws_in_four_steps_what_the_prompt_says():
     info = drawn[0].info
     assert (info["steps"], info["sampler"], info["schedule"], info["guidance"]) == (4, "euler", "trailing", 1.0)
     assert [reading["fur"] for reading in oracle.read(from_pil(drawn))] == ["orange"] * 3 + ["black"] * 3
+
+
+def test_the_pixel_model_draws_from_noise_if_its_clean_pictures_are_kept_in_range():
+    unet = read_module(UNet(CRITTERS_PIXELS), assets() / "models" / "pixels.safetensors")
+    denoise, run = Denoiser(unet, linear(), "eps"), plan(linear(), 30, "linspace")
+    generator = torch.Generator().manual_seed(0)
+    x = run.init_scale * torch.randn(8, 3, 32, 32, generator=generator)
+
+    def clipped(x, sigma):
+        return denoise(x, sigma).clamp(-1, 1)
+
+    def noise(*_):
+        return torch.randn(x.shape, generator=generator)
+
+    with torch.no_grad():
+        *_, (_, drawn) = ancestral(clipped, x, run.sigmas.float(), noise)
+    assert (drawn.std((1, 2, 3)) > 0.1).all() and (drawn.mean((1, 2, 3)).abs() < 0.9).all()  # none is blank
+    assert drawn.mean((2, 3)).std(0).min() > 0.1  # they differ in colour
