@@ -21,24 +21,30 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from minisd import critters
-from minisd.train.workshop import RENDERS, Workshop
+from minisd.train.data import Depths, Holes
+from minisd.train.workshop import Workshop
 from minisd.weights import BUNDLED, assets
 
 RENDERERS = 5  # processes
+RENDERS = 8_000  # that the noise predictor learns from
+FEW = 2_400  # that all else learns from: each recipe reads its renders into memory
 READING = 0.5  # minutes until a recipe has read its renders
-STAGES = [  # a share of the time that is left when the renders are there, and what is trained in it
-    (0.65, ["refine"]),
-    (0.35, ["inpaint", "depth", "control", "distilled", "classifier", "clip"]),
+STAGES = [  # a share of the time that is left when the renders are there, and what is trained in it on how many
+    (0.65, RENDERS, ["refine"]),
+    (0.35, FEW, ["inpaint", "depth", "control", "distilled", "classifier", "clip"]),
 ]
 
 
-def render(rank: int, ranks: int, folder: Path, renders: int) -> None:
-    """One process's share of the renders and of their latents."""
+def render(rank: int, ranks: int, folder: Path) -> None:
+    """One process's share of the renders, and of what recipes ask of them."""
     if torch.cuda.is_available():  # of 80 GB five took 60 when left alone
         torch.cuda.set_per_process_memory_fraction(0.12)
     critters.compile()
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29400", rank=rank, world_size=ranks)
-    Workshop(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), renders).latents()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Workshop(folder, device, RENDERS).latents()
+    for kind in (Depths, Holes):
+        Workshop(folder, device, FEW).latents(kind)
 
 
 def train(folder: Path, renders: int, recipes: list[str], minutes: float) -> None:
@@ -58,17 +64,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("minutes", type=float)
     parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--renders", type=int, default=RENDERS)
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
 
     if not (options.folder / BUNDLED).exists():
         shutil.copytree(assets() / "models" / BUNDLED, options.folder / BUNDLED)
-    processes.spawn(render, (RENDERERS, options.folder, options.renders), nprocs=RENDERERS)
+    processes.spawn(render, (RENDERERS, options.folder), nprocs=RENDERERS)
     left = (end - time.monotonic()) / 60
-    for share, recipes in STAGES:
+    for share, renders, recipes in STAGES:
         print(f"{', '.join(recipes)}: {share * left:.1f} minutes", flush=True)
-        train(options.folder, options.renders, recipes, share * left - READING)
+        train(options.folder, renders, recipes, share * left - READING)
 
 
 if __name__ == "__main__":

@@ -75,11 +75,11 @@ CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, w
 UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
 REFINE_RUN = TrainConfig(steps=4_000, batch_size=512, lr=1e-3, cooldown=0.7, ema=0.998, seed=8, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
-VARIANT_RUN = TrainConfig(steps=800, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
+VARIANT_RUN = TrainConfig(steps=800, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
-DISTILLED_RUN = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4, bf16=True)
+DISTILLED_RUN = TrainConfig(steps=400, batch_size=64, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4, bf16=True)
 CLASSIFIER_RUN = TrainConfig(
-    steps=1_500, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6, bf16=True
+    steps=1_500, batch_size=128, lr=1e-3, warmup=100, cooldown=0.6, weight_decay=0.05, seed=6, bf16=True
 )
 PIXELS_RUN = TrainConfig(steps=4_000, batch_size=32, lr=1e-3, cooldown=0.5, seed=5, bf16=True)
 
