@@ -335,7 +335,8 @@ class Holes(Latents):
 def holes(count: int, size: int, generator: torch.Generator, whole: float = 0.25) -> Float[Tensor, "b 1 h w"]:
     """Random masks, 1 where there is a hole: one to three ellipses or rectangles in each.
 
-    One in four is a hole as a `whole`, as in the training of Stable Diffusion's inpainting models (their model cards).
+    A share of `whole` are holes altogether, as in the training of Stable Diffusion's inpainting models (their model
+    cards).
     """
     at = torch.linspace(-1, 1, size)
     centre = 2 * torch.rand(count, 3, 2, 1, generator=generator) - 1
