@@ -4,9 +4,9 @@ Renders first, in several processes; then the noise predictor, alone; then all t
 recipe has its share of the time. Whatever is finished lies in `runs/critters-512` and the folders beside it, its losses
 in tables beside those; `minisd train` goes on with one recipe alone.
 
-On an H100 with 16 cores one process renders 146 pictures a second, after 39 seconds of compiling, and five encode 450.
-A step of the noise predictor is 3,300 small kernels, which take the CPU 120 ms to start, whatever the batch; the GPU
-has done them after 93 ms for a batch of 256. Hence batches of 512. Compiled, 256 take 88 ms, after two minutes.
+On an H100 with 16 cores one process renders 146 pictures a second, after 39 seconds of compiling, and five encode 400.
+A step of the noise predictor is 3,300 small kernels, which take the CPU 80 to 120 ms to start, whatever the batch; the
+GPU has done them after 93 ms for a batch of 256. Hence batches of 512. Compiled, 256 take 88 ms, after two minutes.
 """
 
 import argparse
