@@ -97,6 +97,8 @@ def test_latents_mix_signal_and_noise_as_their_time_says(renders):
     assert abs(eps.std() - 1) < 0.02
     expected = sd.config.vae.scaling * data.mean[indices].float()  # plain and mirrored have all but the same mean
     assert torch.allclose(x0.mean(), expected.mean(), atol=0.02 + 0.02 * expected.std())
+    times = batch["t"].sort().values  # in each of 400 equal spans of the thousand one, as whole numbers
+    assert ((times - torch.arange(400) * 2.5).abs() <= 2.5).all() and times.unique().numel() == 400
     dropped = (batch["ids"] == sd.tokenizer("")).all(1).float().mean()
     assert dropped == pytest.approx(0.1, abs=0.05)  # 3.3 standard errors of 400 draws
 

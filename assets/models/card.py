@@ -46,18 +46,17 @@ def files() -> str:
     return table(*rows)
 
 
-def obeyed(counts: dict[str, list[int]], accuracy: dict | None = None) -> list[str]:
-    """Shares by attribute, and their mean; where an accuracy is given, divided by the oracle's."""
-    shares = [counts[a][0] / counts[a][1] / (accuracy[a]["all"] if accuracy else 1) for a in ATTRIBUTES]
+def obeyed(counts: dict[str, dict[str, float]], out_of: str = "total") -> list[str]:
+    """Shares by attribute, and their mean: of all pictures, or of what the oracle would read rightly of renders."""
+    shares = [counts[a]["right"] / counts[a][out_of] for a in ATTRIBUTES]
     return [percent(share) for share in (*shares, sum(shares) / len(shares))]
 
 
 def adherence(measured: dict) -> str:
     found = measured["adherence"] | measured["distilled"]
-    rows = [[name, str(max(n for _, n in c.values())), *obeyed(c)] for name, c in found.items()]
+    rows = [[name, str(max(n["total"] for n in c.values())), *obeyed(c)] for name, c in found.items()]
     best = "held-out, guidance 4, 20 steps"
-    divided = obeyed(measured["adherence"][best], measured["oracle_on_renders"])
-    last = [f"{best}, divided by the oracle's accuracy", "", *divided]
+    last = [f"{best}, divided by the oracle's accuracy", "", *obeyed(found[best], "of renders")]
     return table(("read back", "prompts", *ATTRIBUTES, "mean"), *rows, last)
 
 

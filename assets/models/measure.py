@@ -39,10 +39,6 @@ def scenes_of(split: str, count: int) -> list[Scene]:
     return [Scene.sample(generator, split) for _ in range(count)]
 
 
-def counted(oracle: Oracle, scenes: list[Scene], drawn: Tensor) -> dict[str, list[int]]:
-    return {attribute: [c.right, c.total] for attribute, c in measure(oracle, scenes, drawn).items()}
-
-
 def features(oracle: Oracle, images: Tensor) -> Tensor:
     return torch.cat([oracle.features(some) for some in images.split(50)])
 
@@ -77,6 +73,23 @@ class Bench:
         return torch.cat(small), quality
 
     @cached_property
+    def read_right(self) -> dict[str, dict[str, float]]:
+        """How well the oracle reads them, by attribute and style."""
+        return accuracy(self.oracle, self.pictures, self.fresh.scenes)
+
+    def counted(self, scenes: list[Scene], drawn: Tensor) -> dict[str, dict[str, float]]:
+        """By attribute: of how many pictures, how many it was read rightly from, and in how many renders of the same
+        styles it would be."""
+        return {
+            attribute: {
+                "right": count.right,
+                "total": count.total,
+                "of renders": sum(self.read_right[attribute][s.style] for s in scenes if shown(s, attribute)),
+            }
+            for attribute, count in measure(self.oracle, scenes, drawn).items()
+        }
+
+    @cached_property
     def trained(self) -> tuple[list[Scene], Tensor]:
         """Scenes of the training split and what is drawn from them."""
         scenes = scenes_of("train", self.options.renders // 2)
@@ -88,7 +101,7 @@ def renders(bench: Bench) -> dict:
     rebuilt, quality = bench.rebuilt
     return {
         "renders": len(bench.fresh),
-        "oracle_on_renders": accuracy(bench.oracle, bench.pictures, bench.fresh.scenes),
+        "oracle_on_renders": bench.read_right,
         "oracle_on_reconstructions": accuracy(bench.oracle, rebuilt, bench.fresh.scenes),
         **quality,
     }
@@ -120,11 +133,11 @@ def sets(bench: Bench) -> dict:
 
 def obeys(bench: Bench) -> dict:
     """What the oracle reads back, by setting."""
-    found = {"train, guidance 4, 20 steps": counted(bench.oracle, *bench.trained)}
+    found = {"train, guidance 4, 20 steps": bench.counted(*bench.trained)}
     for split, guidance, steps in SETTINGS:
         scenes = scenes_of(split, bench.options.prompts)
         drawn = draw_scenes(bench.sd, scenes, guidance=guidance, steps=steps)
-        found[f"{split}, guidance {guidance}, {steps} steps"] = counted(bench.oracle, scenes, drawn)
+        found[f"{split}, guidance {guidance}, {steps} steps"] = bench.counted(scenes, drawn)
     return {"adherence": found}
 
 
@@ -132,7 +145,7 @@ def distilled(bench: Bench) -> dict:
     """The same of the variant of four steps, drawn as its config says."""
     scenes = scenes_of("held-out", bench.options.prompts)
     drawn = draw_scenes(minisd.load("critters-512-distilled"), scenes)
-    return {"distilled": {"held-out, 4 steps, distilled": counted(bench.oracle, scenes, drawn)}}
+    return {"distilled": {"held-out, 4 steps, distilled": bench.counted(scenes, drawn)}}
 
 
 def zero_shot(bench: Bench) -> dict:

@@ -277,8 +277,13 @@ class Latents:
         return len(self.renders)
 
     def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
-        """Of which times there shall be noise: of all alike."""
-        return torch.randint(len(self.schedule.betas), (count,), generator=generator)
+        """Of which times there shall be noise: each is as likely as any other, but a batch's are spread evenly.
+
+        (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1: the loss differs so much from time to time
+        that a batch of independent ones says little of it.)
+        """
+        spread = torch.rand(1, generator=generator) + torch.arange(count) / count
+        return (spread % 1 * len(self.schedule.betas)).long()
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         count, shape = len(indices), self.mean.shape[2:]
