@@ -137,7 +137,7 @@ def keep_ignored_outputs(new, old) -> None:
 
     if compared(new) == compared(old):
         for cell, stored in zip(new.cells, old.cells, strict=True):
-            if ignored(cell):
+            if ignored(cell) and stored.outputs:
                 cell.outputs = stored.outputs
 
 
@@ -180,7 +180,12 @@ def from_text(path: Path) -> None:
     target = path.with_suffix(".ipynb")
     notebook = jupytext.read(path, fmt="py:percent")
     if target.exists():
-        notebook = combine_inputs_with_outputs(notebook, nbformat.read(target, as_version=4))
+        old = nbformat.read(target, as_version=4)
+        notebook = combine_inputs_with_outputs(notebook, old)
+        known = {cell.source for cell in old.cells}
+        for cell in notebook.cells:  # jupytext also keeps the outputs of cells that are merely alike
+            if cell.cell_type == "code" and cell.source not in known:
+                cell.outputs = []
     target.write_text(dumps(normalise(notebook, path.name)), encoding="utf-8", newline="\n")
     path.unlink()
     print(f"{target}: now run it")

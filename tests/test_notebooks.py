@@ -159,6 +159,20 @@ def test_its_text_form_gives_the_same_chapter(path, chapter, tmp_path, capsys):
     ]
 
 
+def test_a_cell_that_was_changed_in_its_text_form_loses_its_output(tmp_path, capsys):
+    path = tmp_path / "07_x.ipynb"
+    cells = [nbformat.v4.new_code_cell(source) for source in ("print(1 + 1)", "print(2 + 2)")]
+    for cell, text in zip(cells, "24", strict=True):
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    build.to_text(path)
+    script = path.with_suffix(".py")
+    script.write_text(script.read_text(encoding="utf-8").replace("2 + 2", "2 + 3"), encoding="utf-8")
+    build.from_text(script)
+    first, second = nbformat.read(path, as_version=4).cells
+    assert first.outputs[0].text == "2" and second.source == "print(2 + 3)" and not second.outputs
+
+
 # One text with the package
 
 
@@ -277,6 +291,10 @@ def test_timings_keep_what_is_stored_until_something_else_changes():
         new = chapter("2.0 s", printed)
         build.keep_ignored_outputs(new, chapter("1.0 s", "7"))
         assert new.cells[0].outputs[0].text == kept
+    new, old = chapter("2.0 s", "7"), chapter("1.0 s", "7")
+    old.cells[0].outputs = []  # as when its source has changed
+    build.keep_ignored_outputs(new, old)
+    assert new.cells[0].outputs[0].text == "2.0 s"
 
 
 def test_a_solution_is_its_python_blocks_followed_by_the_check():
