@@ -1,4 +1,4 @@
-"""Draw how the losses fell: `python assets/models/curves.py runs` writes curves.png beside itself.
+"""Draw how the losses fell: `python assets/models/curves.py runs curves.png` writes curves.png beside itself.
 
 It reads the tables that `minisd train` keeps beside its checkpoints. Every dot is the mean of a fiftieth of a run.
 """
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 WHAT = {  # recipes, and what their losses are
     "vae": "the autoencoder:\nerror of pixels, edges, colours",
     "unet": "the noise predictor:\nsquared error of v",
+    "refine": "the noise predictor, trained further:\nsquared error of v",
     "decoder": "the decoder alone:\nerror of pixels and edges",
     "clip": "the mini CLIP:\ncross-entropy",
 }
@@ -40,12 +41,13 @@ def few_ticks(axes: Axes) -> None:
     axes.locator_params(axis="x", nbins=4)
 
 
-def main(folder: Path) -> None:
-    tables = {what: folder / f"critters-512-{name}.csv" for name, what in WHAT.items()}
+def main(folder: Path, name: str) -> None:
+    tables = {what: folder / f"critters-512-{recipe}.csv" for recipe, what in WHAT.items()}
     runs = {what: thinned(read(path)) for what, path in tables.items() if path.exists()}
     panels = [[curves(steps, {"": losses}, "step", "loss"), few_ticks] for steps, losses in runs.values()]
-    image.save(show(*panels, titles=list(runs), columns=2, width=3.4, height=2.2), HERE / "curves.png", force=True)
+    figure = show(*panels, titles=list(runs), columns=min(2, len(runs)), width=3.4, height=2.2)
+    image.save(figure, HERE / name, force=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
