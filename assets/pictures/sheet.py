@@ -1,6 +1,6 @@
 """Draw the README's sheet with the bundled model: `python assets/pictures/sheet.py` writes sheet.png beside itself.
 
-Every picture is the one that its prompt gives with the seed named here. Of the sheets of seeds 1, 2 and 3 it is the best.
+Every picture is the one that its prompt gives with the seed named here; of the seeds 1, 2 and 3 it gave the best sheet.
 """
 
 from pathlib import Path
