@@ -115,6 +115,15 @@ def test_captions_say_nothing_untrue():
         assert ("collar" in words) <= ("collar" in scene.accessory)
 
 
+def test_half_of_the_captions_of_a_plain_coat_can_say_so_and_no_prompt_does():
+    random, plain = generator(9), Scene("dog", "brown", "solid", background="beach")
+    texts = [caption(plain, random, drop=0.0, plain=True) for _ in range(200)]
+    assert 70 < sum("plain brown" in text for text in texts) < 130
+    assert not any("plain" in caption(plain, random) for _ in range(100)) and "plain" not in prompt(plain)
+    striped = Scene("cat", "brown", "striped", background="beach")
+    assert not any("plain" in caption(striped, random, plain=True) for _ in range(100))
+
+
 def test_pencil_sketches_have_no_colour_words():
     random = generator(5)
     for _ in range(300):

@@ -30,6 +30,7 @@ PATTERN_WORDS = {
     ("dog", "spotted"): ("spotted", "patchy"),
     ("dog", "tuxedo"): ("white-chested", "tuxedo"),
 }
+PLAIN = ("", "plain")  # a solid coat, in captions that may say so; the first is what prompts say
 PLACES = {
     "grass": ("on the grass", "on grass", "in a meadow"),
     "beach": ("on a beach", "on the beach", "by the sea"),
@@ -64,13 +65,13 @@ def prompt(scene: Scene) -> str:
     return _sentence(scene, choose=lambda _, options: options[0], keep=lambda _: True, adjective=None, style_first=True)
 
 
-def caption(scene: Scene, generator: torch.Generator, drop: float = 0.15) -> str:
+def caption(scene: Scene, generator: torch.Generator, drop: float = 0.15, plain: bool = False) -> str:
     """One of many true captions of a scene: synonyms, order and omissions are drawn from the generator.
 
     Every attribute but the species is left out with probability `drop`; the style leads ("a cartoon of ...") or
-    follows ("..., cartoon").
+    follows ("..., cartoon"). With `plain` half of the captions of a solid coat say so, else none does.
     """
-    return _lucky(scene, _luck(generator), drop)
+    return _lucky(scene, _luck(generator), drop, plain)
 
 
 def near_misses(scene: Scene, generator: torch.Generator, count: int) -> list[str]:
@@ -107,7 +108,7 @@ def _luck(generator: torch.Generator) -> dict[str, tuple[float, float]]:
     return dict(zip(SLOTS, torch.rand(len(SLOTS), 2, generator=generator).tolist(), strict=True))
 
 
-def _lucky(scene: Scene, luck: dict[str, tuple[float, float]], drop: float = 0.15) -> str:
+def _lucky(scene: Scene, luck: dict[str, tuple[float, float]], drop: float = 0.15, plain: bool = False) -> str:
     def keep(slot: str) -> bool:
         return luck[slot][0] >= drop
 
@@ -115,16 +116,19 @@ def _lucky(scene: Scene, luck: dict[str, tuple[float, float]], drop: float = 0.1
         return options[int(luck[slot][1] * len(options))]
 
     adjective = choose("adjective", ADJECTIVES) if luck["adjective"][0] < 0.3 else None
-    return _sentence(scene, choose, keep, adjective, style_first=luck["order"][0] < 0.5)
+    return _sentence(scene, choose, keep, adjective, style_first=luck["order"][0] < 0.5, plain=plain)
 
 
-def _sentence(scene: Scene, choose: Choose, keep: Keep, adjective: str | None, style_first: bool) -> str:
+def _sentence(
+    scene: Scene, choose: Choose, keep: Keep, adjective: str | None, style_first: bool, plain: bool = False
+) -> str:
     """Put the words together; `choose` picks a synonym, `keep` decides whether an attribute is named."""
     colour = scene.style != "pencil sketch"
     fur = choose("fur", FUR_WORDS[scene.fur]) if colour and keep("fur") else ""
-    patterned = scene.pattern != "solid" and keep("pattern")
-    pattern = choose("pattern", PATTERN_WORDS[scene.species, scene.pattern]) if patterned else ""
-    critter = _article(" ".join(filter(None, (adjective, fur, pattern, choose("species", NOUNS[scene.species])))))
+    patterns = PLAIN[: 1 + plain] if scene.pattern == "solid" else PATTERN_WORDS[scene.species, scene.pattern]
+    pattern = choose("pattern", patterns) if keep("pattern") else ""
+    coat = (pattern, fur) if scene.pattern == "solid" else (fur, pattern)  # a plain brown dog, a brown spotted dog
+    critter = _article(" ".join(filter(None, (adjective, *coat, choose("species", NOUNS[scene.species])))))
     features = [f"{scene.eyes} eyes"] if colour and keep("eyes") else []
     if scene.accessory != "none" and keep("accessory"):
         features.append(_article(scene.accessory if colour else re.sub("red |blue ", "", scene.accessory)))

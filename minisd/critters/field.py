@@ -92,7 +92,9 @@ class Distances(NamedTuple):
     hat: Tensor
     pompom: Tensor
     torso: Tensor
-    legs: Tensor
+    legs: Tensor  # the front ones
+    hind_legs: Tensor
+    haunch: Tensor
     tail: Tensor
     body: Tensor  # torso, legs, haunches and tail in one
     neckwear: Tensor
@@ -108,14 +110,15 @@ def distances(a: Anatomy, p: Tensor) -> Distances:
     skull, ears, muzzle = (d * size for d in _skull(a, fold(head_point)))
     head = smooth_min(smooth_min(skull, ears, 0.07), muzzle, 0.07)
     hat_point, hat, pompom = _hat(a, head_point)
-    torso, legs, tail, body = _body(a, body_point)
+    torso, legs, hind_legs, haunch, tail, body = _body(a, body_point)
     neckwear, tag, bow = _neck(a, body_point)
     return Distances(
         body_point, head_point, hat_point, skull, ears, muzzle, head,
         eyes=(length(fold(head_point) - a.eye) - a.eye_radius) * size,
         nose=ellipsoid(head_point, a.nose, a.nose_radii) * size,
         tongue=_tongue(a, head_point) * size, hat=hat * size, pompom=pompom * size,
-        torso=torso, legs=legs, tail=tail, body=body, neckwear=neckwear, tag=tag, bow=bow,
+        torso=torso, legs=legs, hind_legs=hind_legs, haunch=haunch, tail=tail, body=body,
+        neckwear=neckwear, tag=tag, bow=bow,
     )  # fmt: skip
 
 
@@ -157,7 +160,8 @@ def _hat(a: Anatomy, p: Tensor, tilt: float = 0.16, height: float = 0.62) -> tup
     return q, torch.minimum(cone, pompom) + (1 - a.hat) * ABSENT, pompom + (1 - a.hat) * ABSENT
 
 
-def _body(a: Anatomy, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _body(a: Anatomy, p: Tensor) -> tuple[Tensor, ...]:
+    """Torso, front legs, hind legs, haunches and tail, and all of them in one."""
     q = fold(p)
     torso = capsule(p, a.chest, a.hip, *a.torso_radii)
     fore, hind = a.fore_radius, a.hind_radius
@@ -169,10 +173,10 @@ def _body(a: Anatomy, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         capsule(q, a.hind_hip, a.hind_paw, hind * 1.1, hind * 0.85),
         ellipsoid(q, _moved(a.hind_paw, 0.01, 0.05), hind * vector(q, 0.95, 0.80, 1.25)), 0.06,
     )  # fmt: skip
-    hind_legs = smooth_min(hind_legs, ellipsoid(q, a.haunch, a.haunch_radii), 0.10)
+    haunch = ellipsoid(q, a.haunch, a.haunch_radii)
     tail = capsule(p[:, None], a.tail[:, :-1], a.tail[:, 1:], a.tail_radii[:-1], a.tail_radii[1:]).amin(0)
-    body = smooth_min(smooth_min(torso, legs, 0.10), hind_legs, 0.09)
-    return torso, legs, tail, smooth_min(body, tail, 0.08)
+    body = smooth_min(smooth_min(torso, legs, 0.10), smooth_min(hind_legs, haunch, 0.10), 0.09)
+    return torso, legs, hind_legs, haunch, tail, smooth_min(body, tail, 0.08)
 
 
 def _moved(p: Tensor, up: float, forward: float) -> Tensor:

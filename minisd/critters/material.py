@@ -10,7 +10,9 @@ from torch import Tensor
 from .anatomy import Anatomy
 from .field import Distances, capsule, distances, fold, into, length, mix, smoothstep, vector
 
-PARTS = ("background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag")
+PARTS = (
+    "background", "head", "body", "eyes", "nose", "tongue", "hat", "neckwear", "tag", "ears", "legs", "tail",
+)  # fmt: skip
 
 
 class Material(NamedTuple):
@@ -31,7 +33,7 @@ def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
     on_head = smoothstep(0.03, -0.03, d.head - d.body)
     facing = into(a.head_axes, into(a.body_axes, n))[2]
     colour = _face(a, d, on_head, facing, _coat(a, d, on_head))
-    part = torch.where(on_head > 0.5, 1.0, 2.0)
+    part = _limbs(d, on_head)
     shine, glow = torch.full_like(part, 0.06), torch.zeros_like(part)
     skin = torch.minimum(d.head, d.body)
     surface = torch.minimum(skin, d.eyes)
@@ -54,6 +56,15 @@ def material(a: Anatomy, p: Tensor, n: Tensor, pixel: Tensor) -> Material:
         colour, shine, glow = mix(colour, paint, mask), mix(shine, shininess, mask), mix(glow, glowing, mask)
         part = torch.where(mask > 0.5, float(PARTS.index(name)), part)
     return Material(colour, part, shine, glow)
+
+
+def _limbs(d: Distances, on_head: Tensor) -> Tensor:
+    """Which part of the skin a point belongs to: that whose own surface is nearest, before they were joined."""
+    head = torch.where(d.ears < torch.minimum(d.skull, d.muzzle), PARTS.index("ears"), PARTS.index("head"))
+    trunk = torch.minimum(d.torso, d.haunch)
+    body = torch.where(torch.minimum(d.legs, d.hind_legs) < trunk, PARTS.index("legs"), PARTS.index("body"))
+    body = torch.where(d.tail < torch.minimum(trunk, torch.minimum(d.legs, d.hind_legs)), PARTS.index("tail"), body)
+    return torch.where(on_head > 0.5, head, body).to(on_head)
 
 
 def noise(p: Tensor, frequency: float) -> Tensor:

@@ -15,6 +15,10 @@ from torch import Tensor
 from .field import mix, vector
 from .material import PARTS
 
+# Which part ink takes each one for: there is no line where an ear grows out of the head, or a leg out of the body.
+GROWS_OUT_OF = {"ears": "head", "legs": "body", "tail": "body"}
+OUTLINED = [PARTS.index(GROWS_OUT_OF.get(part, part)) for part in PARTS]
+
 
 class Layers(NamedTuple):
     """What is known of every pixel of a scene: colours are display values [1, 3, h, w], the rest [1, 1, h, w]."""
@@ -35,7 +39,7 @@ def ink(x: Layers, width: float = 1.0) -> Tensor:
     size = x.mask.shape[-1]
     fold = x.depth.clamp(max=9.6)
     fold = (8 * (fold - _box(fold, 1)).clamp(min=0) - 0.10).clamp(0, 1) * x.mask  # a jump in depth, seen from behind
-    border = _step(x.part).clamp(max=1) * (x.part > 0)
+    border = _step(x.part.new_tensor(OUTLINED)[x.part.long()]).clamp(max=1) * (x.part > 0)
     lines = torch.stack((_step(x.mask), fold, border)).amax(0)
     wide = 2 * round(width * size / 600) + 1
     lines = _blur(F.max_pool2d(lines, wide, 1, wide // 2), max(0.5, width * size / 570))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,44 +40,41 @@ class Renders:
     """`count` random training scenes of `size` pixels, rendered once and kept in `folder` in files of eighty.
 
     Rendering goes on where it stopped. Sample number i is the same on every machine up to rounding: its scene comes
-    from a generator seeded by its file's number.
+    from a generator seeded by its file's number. Pictures stay on the disk, and only those asked for are read.
+
+    Raises ValueError for a file that holds something else.
     """
 
     def __init__(self, folder: Path, count: int, size: int, seed: int = 0, device: str | torch.device = "cpu"):
         self.folder, self.size, self.seed, self.device = folder, size, seed, device
-        files = self._make(f"{size}", count, self._render)
-        self.images = np.empty((count, 3, size, size), np.uint8)
-        self.eyes = np.empty((count, 1, size, size), bool)
-        self.scenes: list[Scene] = []
-        for part, path in files:
-            with np.load(path) as stored:
-                self.images[part] = stored["images"][: part.stop - part.start]
-                self.eyes[part] = stored["eyes"][: part.stop - part.start]
-                self.scenes += [Scene(**s) for s in json.loads(str(stored["scenes"]))[: part.stop - part.start]]
+        self.files = self._made(f"{size}", count, self._render)
+        rows = [json.loads(row) for file in self.files for row in file["scene"].tolist()]
+        self.scenes = [Scene(**row) for row in rows[:count]]
 
-    def _make(self, kind: str, count: int, make: Callable[[int], dict[str, Any]]) -> list[tuple[slice, Path]]:
-        """The files of `count` samples, and which samples each has; `make(number)` is what a missing one shall hold."""
+    def _made(self, kind: str, count: int, make: Callable[[int], dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """The files of `count` samples, mapped into memory: a table each, with the columns that `make(number)` gives
+        where it isn't there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = [self.folder / f"{kind}-{self.seed}-{i:04d}.npz" for i in range(-(-count // CHUNK))]
+        paths = [self.folder / f"{kind}-{self.seed}-{i:04d}.npy" for i in range(-(-count // CHUNK))]
         rank, ranks = share()
-        mine = range(rank, len(files), ranks)
+        mine = range(rank, len(paths), ranks)
         for i in tqdm(mine, desc=f"rendering {kind}", unit_scale=CHUNK, unit="picture", disable=rank > 0):
-            if not files[i].exists():
-                with replacing(files[i]) as temporary, temporary.open("wb") as file:
-                    np.savez(file, **make(i))
+            if not paths[i].exists():
+                with replacing(paths[i]) as temporary, temporary.open("wb") as file:
+                    np.save(file, _table(make(i)))
         if ranks > 1:
             dist.barrier()
-        return [(slice(i * CHUNK, min((i + 1) * CHUNK, count)), path) for i, path in enumerate(files)]
+        return [_mapped(path) for path in paths]
 
-    def _render(self, number: int) -> dict[str, Any]:
+    def _render(self, number: int) -> dict[str, np.ndarray]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         scenes = [Scene.sample(generator) for _ in range(CHUNK)]
         on_cpu = torch.device(self.device).type == "cpu"
         result = render(scenes, self.size, self.device, chunk=8 if on_cpu else CHUNK)  # what a cache or a GPU holds
         return {
-            "images": ((result.image + 1) * 127.5).round().byte().cpu().numpy(),
-            "eyes": (result.parts == EYES).cpu().numpy(),
-            "scenes": json.dumps([asdict(s) for s in scenes]),
+            "image": ((result.image + 1) * 127.5).round().byte().cpu().numpy(),
+            "parts": result.parts.byte().cpu().numpy(),
+            "scene": np.array([json.dumps(asdict(s)) for s in scenes], "S"),
         }
 
     def known(self, kind: str, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -85,13 +83,12 @@ class Renders:
         It is made on first use and kept beside the pictures. `kind` is a name for it.
         """
         indices = torch.arange(len(self)).split(CHUNK)
-        files = self._make(
+        files = self._made(
             f"{kind}-{len(indices[-1])}",  # the last file may hold fewer samples: then it's no use to a longer set
             len(self),
             lambda number: {name: t.half().cpu().numpy() for name, t in make(indices[number]).items()},
         )
-        parts = [np.load(path) for _, path in files]
-        return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0].files}
+        return {name: torch.from_numpy(np.concatenate([file[name] for file in files])) for name in files[0].dtype.names}
 
     def disparities(self, size: int) -> Float[Tensor, "n 1 size size"]:
         """How near everything is, 1 / depth."""
@@ -112,18 +109,31 @@ class Renders:
         device: str | torch.device = "cpu",
     ) -> Float[Tensor, "b 3 h w"]:
         """Pictures in [-1, 1], some of them mirrored, and shrunk to `size` pixels a side where it is given."""
-        images = _some(self.images, indices, mirrored).to(device).float() / 127.5 - 1
+        images = self._column("image", indices, mirrored).to(device).float() / 127.5 - 1
         return images if size is None else F.adaptive_avg_pool2d(images, size)
+
+    def parts(self, indices: Tensor, mirrored: Bool[Tensor, "b"] | None = None) -> UInt8[Tensor, "b 1 h w"]:
+        """Which part of the critter every pixel shows, as indices into `PARTS`."""
+        return self._column("parts", indices, mirrored)
+
+    def _column(self, name: str, indices: Tensor, mirrored: Bool[Tensor, "b"] | None) -> Tensor:
+        rows = [self.files[i // CHUNK][name][i % CHUNK] for i in indices.tolist()]
+        return _mirrored(torch.from_numpy(np.stack(rows)), mirrored)
 
     def shrunk(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
         """All pictures at another size, as bytes."""
         some = torch.arange(len(self)).split(CHUNK)
         return torch.cat([((self.pictures(i, size=size) + 1) * 127.5).round().byte() for i in some])
 
+    def shrunk_parts(self, size: int) -> UInt8[Tensor, "n size size"]:
+        """The part that the middle of each pixel of the shrunk pictures shows."""
+        some = torch.arange(len(self)).split(CHUNK)
+        return torch.cat([F.interpolate(self.parts(i), size, mode="nearest-exact")[:, 0] for i in some])
+
     def eye_shares(self, factor: int) -> Float[Tensor, "n 1 h8 w8"]:
         """What share of each cell of `factor` pixels a side is eyes."""
-        some = torch.from_numpy(self.eyes).split(CHUNK)
-        return torch.cat([F.avg_pool2d(eyes.float(), factor) for eyes in some])
+        some = torch.arange(len(self)).split(CHUNK)
+        return torch.cat([F.avg_pool2d((self.parts(i) == EYES).float(), factor) for i in some])
 
     def mirror_some(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, list[Scene]]:
         """A coin for each of the samples at `indices`, and what it shows: its scene, or the mirrored one."""
@@ -132,12 +142,28 @@ class Renders:
         return mirrored, [s.mirrored() if m else s for s, m in zip(scenes, mirrored.tolist(), strict=True)]
 
 
-def _some(maps: np.ndarray, indices: Tensor, mirrored: Bool[Tensor, "b"] | None = None) -> Tensor:
-    """A copy of the maps at `indices`, those of them mirrored that are to be."""
-    maps = torch.from_numpy(maps[indices.numpy()])
-    if mirrored is not None:
-        maps[mirrored] = maps[mirrored].flip(3)
-    return maps
+def _table(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Columns of as many rows as one array of records, which a file can be mapped as."""
+    rows = len(next(iter(columns.values())))
+    table = np.empty(rows, [(name, column.dtype, column.shape[1:]) for name, column in columns.items()])
+    for name, column in columns.items():
+        table[name] = column
+    return table
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A table that `_table` made, mapped into memory. Raises ValueError where the file is something else."""
+    table = None
+    with suppress(ValueError, EOFError):
+        table = np.lib.format.open_memmap(path, mode="r")
+    if table is None or table.dtype.names is None:
+        raise ValueError(f"{path} is not what was stored there; remove it, and it is made anew")
+    return table
+
+
+def _mirrored(maps: Tensor, mirrored: Bool[Tensor, "b"] | None) -> Tensor:
+    """Maps, some of them turned left to right."""
+    return maps if mirrored is None else torch.where(mirrored[:, None, None, None], maps.flip(3), maps)
 
 
 class Pictures:
@@ -154,7 +180,7 @@ class Pictures:
         return {
             "mirrored": mirrored,
             "image": self.renders.pictures(indices, mirrored),
-            "weight": 1 + (EYE_WEIGHT - 1) * _some(self.renders.eyes, indices, mirrored).float(),
+            "weight": 1 + (EYE_WEIGHT - 1) * (self.renders.parts(indices, mirrored) == EYES).float(),
             "noise": torch.randn(len(indices), *self.latent, generator=generator),
         }
 
@@ -224,7 +250,7 @@ class Distances:
     UNIT = 8.0  # heads: disparities are `UNIT / depth`, about 1 at the critter and 0.5 at the sky
 
     def __init__(self, renders: Renders, size: int):
-        self.renders, self.size, self.disparities = renders, size, renders.disparities(size).numpy()
+        self.renders, self.size, self.disparities = renders, size, renders.disparities(size)
 
     def __len__(self) -> int:
         return len(self.renders)
@@ -233,7 +259,7 @@ class Distances:
         mirrored = torch.rand(len(indices), generator=generator) < 0.5
         return {
             "image": self.renders.pictures(indices, mirrored, self.size),
-            "disparity": self.UNIT * _some(self.disparities, indices, mirrored),
+            "disparity": self.UNIT * _mirrored(self.disparities[indices], mirrored),
         }
 
 
@@ -260,11 +286,12 @@ class Latents:
     """What the noise predictor sees: a noised latent, its time and its caption; the target is v.
 
     Every visit samples the picture's latent anew. One caption in ten is dropped (left empty), which is what makes
-    classifier-free guidance possible (Ho & Salimans 2022, algorithm 1). A cell weighs what its pixels weigh to the
+    classifier-free guidance possible (Ho & Salimans 2022, algorithm 1). Half of the others name everything, as a
+    prompt does that knows what it wants; the rest leave out what they like. A cell weighs what its pixels weigh to the
     autoencoder, more in the eyes: the best prediction stays the same, its errors are mended in another order.
     """
 
-    DROPPED = 0.1
+    DROPPED, WHOLE = 0.1, 0.5  # shares of the captions: left empty; of the others, those that leave nothing out
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
@@ -289,7 +316,8 @@ class Latents:
         count, shape = len(indices), self.mean.shape[2:]
         keep = torch.rand(count, generator=generator) >= self.DROPPED
         mirrored, scenes = self.renders.mirror_some(indices, generator)
-        captions = [caption(scene, generator) for scene in scenes]
+        leave_out = 0.15 * (torch.rand(count, generator=generator) >= self.WHOLE)
+        captions = [caption(s, generator, p, plain=True) for s, p in zip(scenes, leave_out.tolist(), strict=True)]
         ids = self.tokenizer([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
 
         noise = torch.randn(count, *shape, generator=generator)
