@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from .critters import Scene, prompt
 from .critters.oracle import Oracle, shown
+from .critters.segmenter import COUNTED, Segmenter, as_usual, count
 from .image import from_pil
 from .pipeline import StableDiffusion
 from .weights import assets, read_module
@@ -61,6 +63,25 @@ def adherence(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> di
 def load_oracle() -> Oracle:
     """The bundled oracle."""
     return read_module(Oracle(), assets() / "models" / "oracle.safetensors")
+
+
+def load_segmenter() -> tuple[Segmenter, dict[str, list[tuple[int, int]]]]:
+    """The bundled segmenter, and the counts that are usual in renders."""
+    folder = assets() / "models"
+    usual = json.loads((folder / "segmenter.json").read_text(encoding="utf-8"))
+    return read_module(Segmenter(), folder / "segmenter.safetensors"), usual
+
+
+def anatomy(
+    segmenter: Segmenter,
+    usual: dict[str, list[tuple[int, int]]],
+    scenes: Sequence[Scene],
+    drawn: Float[Tensor, "b 3 h w"],
+) -> dict[str, Count]:
+    """How often a picture shows as many of each part as renders of its scene's kind do; "whole" is of all parts."""
+    right = as_usual(usual, scenes, count(segmenter.parts(drawn)))
+    found = {name: Count(int(column.sum()), len(scenes)) for name, column in zip(COUNTED, right.T, strict=True)}
+    return found | {"whole": Count(int(right.all(1).sum()), len(scenes))}
 
 
 def draw_scenes(

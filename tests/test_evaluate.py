@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from minisd.critters import Scene
-from minisd.evaluate import Count, adherence, diversity, frechet_distance, psnr
+from minisd.critters import PARTS, Scene
+from minisd.critters.segmenter import COUNTED
+from minisd.evaluate import Count, adherence, anatomy, diversity, frechet_distance, psnr
 
 
 def test_interval_covers_the_true_share_as_often_as_it_says():
@@ -20,6 +21,26 @@ def test_adherence_counts_what_the_style_shows():
     scenes = [Scene(fur="orange"), Scene(fur="black", style="pencil sketch"), Scene(fur="gray")]
     readings = [{"species": "cat", "fur": fur} for fur in ("orange", "white", "white")]
     assert adherence(scenes, readings) == {"species": Count(3, 3), "fur": Count(1, 2)}
+
+
+def test_anatomy_is_right_where_every_part_shows_as_often_as_it_does_in_renders():
+    def eyes(*columns: int) -> torch.Tensor:
+        parts = torch.zeros(128, 128, dtype=torch.long)
+        parts[30:90, 30:100] = PARTS.index("head")
+        for column in columns:
+            parts[50:58, column : column + 8] = PARTS.index("eyes")
+        return parts
+
+    class Segmenter:
+        def parts(self, drawn):
+            return torch.stack([eyes(40, 60), eyes(40, 60, 80), eyes(40), eyes(40)])
+
+    scenes = [Scene(), Scene(), Scene(), Scene(look="left")]
+    front = [(2, 2), (0, 0), (1, 1), (0, 0), (0, 0), (1, 1)]
+    usual = {"cat, sitting, front": front, "cat, sitting, left": [(1, 2), *front[1:]]}
+    found = anatomy(Segmenter(), usual, scenes, torch.zeros(4, 3, 128, 128))
+    assert found["eyes"] == found["whole"] == Count(2, 4)
+    assert all(found[name] == Count(4, 4) for name in COUNTED if name != "eyes")
 
 
 def test_psnr_of_a_known_error_and_inside_a_mask():

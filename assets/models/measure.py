@@ -7,9 +7,12 @@ of training renders. `--only` measures some of that anew and keeps the rest. `ca
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -19,19 +22,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minisd
+from minisd import evaluate, samplers
 from minisd.clip import ImageTower
 from minisd.config import CRITTERS_IMAGE_TOWER
 from minisd.critters import WORDS, Scene, prompt
 from minisd.critters.oracle import SIZE, Oracle, accuracy, as_seen, shown
-from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, measure, psnr
+from minisd.critters.segmenter import COUNTED, Segmenter, count
+from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, load_segmenter, measure, psnr
 from minisd.image import from_pil, to_pil
-from minisd.train.data import Distances, Renders
+from minisd.train.data import EYES, Distances, Renders
 from minisd.weights import read_module, resolve
 
 SETTINGS = [  # split, guidance, steps
     *[("held-out", 1, 20), ("held-out", 2, 20), ("held-out", 4, 20), ("held-out", 7, 20)],
     *[("held-out", 4, 5), ("held-out", 4, 10)],
 ]
+
+
+def sde_then_ode(denoise: Callable, x: Tensor, sigmas: Tensor, noise: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fresh noise while the picture's layout forms, none while its details do."""
+    border = int((sigmas[:-1] > 1).sum())
+    for state, x0 in samplers.euler_a(denoise, x, sigmas[: border + 1], noise):
+        yield state, x0
+    yield from samplers.dpmpp_2m(denoise, state, sigmas[border:], noise)
+
+
+SAMPLERS = {  # what the model could be drawn with, at each of these scales of guidance
+    "DPM++ 2M": (samplers.dpmpp_2m, (20,)),
+    "Euler a": (samplers.euler_a, (20, 24, 28)),
+    "DPM++ 2M SDE": (samplers.dpmpp_2m_sde, (20, 28)),
+    "Euler a above sigma 1, then DPM++ 2M": (sde_then_ode, (20,)),
+}
+SCALES = (3, 4, 5)
 
 
 def scenes_of(split: str, count: int) -> list[Scene]:
@@ -64,7 +86,7 @@ class Bench:
         """Their reconstructions, as the oracle sees them, and how good these are at their own size."""
         small, whole, eyes = [], [], []
         for some in torch.arange(len(self.fresh)).split(10):
-            pictures, mask = self.fresh.pictures(some), torch.from_numpy(self.fresh.eyes[some.numpy()]).float()
+            pictures, mask = self.fresh.pictures(some), (self.fresh.parts(some) == EYES).float()
             again, seen = self.sd.decode(self.sd.encode(pictures)), mask.flatten(1).any(1)
             small.append(as_seen(again))
             whole.append(psnr(pictures, again))
@@ -88,6 +110,20 @@ class Bench:
             }
             for attribute, count in measure(self.oracle, scenes, drawn).items()
         }
+
+    @cached_property
+    def segmenter(self) -> tuple[Segmenter, dict]:
+        return load_segmenter()
+
+    def whole(self, scenes: list[Scene], drawn: Tensor) -> dict[str, dict[str, float]]:
+        """By style, and in all: the share of pictures with as many of each part as renders of their kind have."""
+        chosen = {"all": list(range(len(scenes)))}
+        chosen |= {style: [i for i, s in enumerate(scenes) if s.style == style] for style in WORDS["style"]}
+        table = {}
+        for style, some in chosen.items():
+            found = evaluate.anatomy(*self.segmenter, [scenes[i] for i in some], drawn[some])
+            table[style] = {"of": len(some)} | {part: count.share for part, count in found.items()}
+        return table
 
     @cached_property
     def trained(self) -> tuple[list[Scene], Tensor]:
@@ -129,6 +165,48 @@ def sets(bench: Bench) -> dict:
         "diversity": {"renders": diversity(one), "drawn": diversity(new)},
         "nearest": {"training": len(known), "renders": nearest(one), "drawn": nearest(new)},
     }
+
+
+def anatomy(bench: Bench) -> dict:
+    """How often pictures show as many of each part as renders of their kind do, by style; and how well that is read."""
+    segmenter, _ = bench.segmenter
+    truth = torch.cat([bench.fresh.parts(some)[:, 0, 2::4, 2::4] for some in torch.arange(len(bench.fresh)).split(80)])
+    true, read = count(truth), count(segmenter.parts(bench.pictures))
+    again = count(segmenter.parts(bench.rebuilt[0]))
+    scenes = scenes_of("held-out", bench.options.prompts)
+    models = {"drawn": (bench.sd, scenes), "distilled": (minisd.load("critters-512-distilled"), scenes)}
+    return {
+        "anatomy": {
+            "as labelled": {"renders": shares(read == true), "reconstructions": shares(again == true)},
+            "renders": bench.whole(bench.fresh.scenes, bench.pictures),
+            "reconstructions": bench.whole(bench.fresh.scenes, bench.rebuilt[0]),
+            **{name: bench.whole(scenes, as_seen(draw_scenes(sd, scenes))) for name, (sd, scenes) in models.items()},
+        }
+    }
+
+
+def shares(right: Tensor) -> dict[str, float]:
+    """The share of pictures in which each part's count is right, and all of them are."""
+    each = dict(zip(COUNTED, right.float().mean(0).tolist(), strict=True))
+    return each | {"whole": right.all(1).float().mean().item()}
+
+
+def sampling(bench: Bench) -> dict:
+    """What the model is best drawn with: adherence, anatomy, Frechet distance and seconds a picture, by setting."""
+    scenes, found = scenes_of("held-out", bench.options.prompts), {}
+    real = features(bench.oracle, bench.pictures)
+    for (name, (sampler, many)), guidance in itertools.product(SAMPLERS.items(), SCALES):
+        for steps in many:
+            begun = time.perf_counter()
+            drawn = as_seen(draw_scenes(bench.sd, scenes, sampler=sampler, steps=steps, guidance=guidance))
+            found[f"{name}, {steps} steps, guidance {guidance}"] = {
+                "seconds": (time.perf_counter() - begun) / len(scenes),
+                "adherence": bench.counted(scenes, drawn),
+                "anatomy": bench.whole(scenes, drawn)["all"],
+                "frechet": frechet_distance(features(bench.oracle, drawn), real[: len(scenes)]),
+            }
+    nothing_wrong = frechet_distance(*real[: 2 * len(scenes)].chunk(2))
+    return {"sampling": {"n": len(scenes), "renders to renders": nothing_wrong, "settings": found}}
 
 
 def obeys(bench: Bench) -> dict:
@@ -197,7 +275,7 @@ def depth(bench: Bench) -> dict:
     }
 
 
-SECTIONS = {each.__name__: each for each in (renders, zero_shot, sets, obeys, distilled, depth)}
+SECTIONS = {each.__name__: each for each in (renders, zero_shot, sets, anatomy, sampling, obeys, distilled, depth)}
 
 
 def main() -> None:
