@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from . import checks, samplers
 from . import download as downloads
@@ -173,33 +172,37 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 def train(
     recipe: Annotated[str, typer.Argument(help="vae, unet, clip, decoder; or all, these four.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where renders, checkpoints and the model go.")] = Path("runs"),
-    steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes a recipe, if not before.")] = None,
-    renders: Annotated[int | None, typer.Option(help="Learn from so many renders instead of the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step, of all processes together.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate at its highest.")] = None,
+    cooldown: Annotated[float | None, typer.Option(help="Share of the run, at its end, in which it falls.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Of the moving average of the weights that is kept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights, of noise and of the order.")] = None,
+    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16, or in float32.", show_default=False)] = None,
+    renders: Annotated[int | None, typer.Option(help="Learn from so many rendered pictures.")] = None,
+    render_seed: Annotated[int | None, typer.Option(help="Of what these pictures show.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that make batches: some, to keep a GPU busy.")] = 0,
 ) -> None:
-    """Train the bundled model or a part of it, best on a GPU or under torchrun on many; a stopped run goes on.
+    """Train the bundled model or a part of it, best on a GPU or under torchrun on many.
+
+    What is not given is as the recipe has it. A run that was stopped, by Ctrl-C as well, goes on when the same command
+    is given again.
 
     When the model is whole: refine; its variants inpaint, depth, estimator, distilled; control, classifier. Alone:
-    oracle, pixels.
+    oracle, segmenter, pixels.
     """
-    from .train.loop import share, start_processes
-    from .train.recipes import chosen
-    from .train.workshop import RENDERS, Workshop
+    from .train.loop import start_processes
+    from .train.stages import carry_out, stages
 
-    recipes = chosen(recipe)
-    if steps is not None:
-        steps = checks.integer("steps", steps, 1, 10**9)
-    if minutes is not None:
-        minutes = checks.number("minutes", minutes, 0.01, 10**6)
-    renders = checks.integer("renders", RENDERS if renders is None else renders, 1, 10**9)
-    shop = Workshop(folder, start_processes(), renders)
-    for name, function, run in recipes:
-        run = dataclasses.replace(run, steps=steps or run.steps, minutes=minutes)
-        with tqdm(total=run.steps, desc=name, disable=share()[0] > 0) as bar:
-            for record in function(shop, run):
-                shown = {"loss": record.loss, **record.parts}
-                bar.set_postfix({part: f"{value:.4f}" for part, value in shown.items()}, refresh=False)
-                bar.update(record.step - bar.n)  # a resumed run starts further on
+    settings = {
+        "steps": steps, "minutes": minutes, "batch_size": batch, "lr": lr, "cooldown": cooldown, "ema": ema,
+        "seed": seed, "bf16": bf16, "renders": renders, "render_seed": render_seed,
+    }  # fmt: skip
+    chosen = stages(recipe, **{name: value for name, value in settings.items() if value is not None})
+    workers = checks.integer("workers", workers, 0, 1_000)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint is written first
+    carry_out(chosen, folder, start_processes(), workers)
 
 
 @app.command("eval")

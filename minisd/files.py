@@ -6,11 +6,14 @@ tensors may be views of one stretch of the file. Writing to such a tensor leaves
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
+import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from .unpickle import Inert, unpickle
+
+WRITERS = itertools.count()  # of temporary files, in this process
 
 
 class CheckpointError(ValueError):
@@ -44,9 +49,13 @@ def refuse(source: str | Path, reader: str, problems: Sequence[str]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; on leaving, its contents reach the disk and take the place of `path` in one move.
 
-    A crash at any moment leaves the old file or the new one, never half of either.
+    A crash at any moment leaves the old file or the new one, never half of either. Each writer has a name of its own:
+    of several the last to finish has its file there. What killed processes left half written is removed.
     """
-    temporary = path.with_name(f".{path.name}.part")  # the same name each time: what a crash left is overwritten
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if _abandoned(left):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(WRITERS)}.part")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -54,6 +63,23 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone from this machine: its number is in the name.
+
+    On Windows, where `os.kill` would end the process instead of asking for it, a day's age tells.
+    """
+    process = temporary.name.split(".")[-3]
+    if os.name == "nt":
+        return time.time() - temporary.stat().st_mtime > 86_400
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):  # another user's process; another program's file
+        return False
+    return False
 
 
 def sha256(path: Path) -> str:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minisd.files import CheckpointError
+from minisd.files import CheckpointError, replacing
 from minisd.train import TrainConfig, fit
 from minisd.train.loop import batch_indices, learning_rate, step_generator
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 RUN = TrainConfig(steps=12, batch_size=8, lr=0.01, warmup=3, ema=0.9)
 
@@ -123,6 +130,12 @@ def test_empty_data_and_foreign_checkpoints_are_refused(tmp_path):
         next(fit(network(), square_error, Line(), dataclasses.replace(RUN, batch_size=4), tmp_path / "run.pt"))
 
 
+def test_settings_that_make_no_sense_are_refused():
+    for name, value in [("steps", 0), ("batch_size", 0.5), ("lr", -1), ("cooldown", 2), ("seed", -1), ("bf16", "no")]:
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            dataclasses.replace(RUN, **{name: value})
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     def breaks(module, batch):
         value, parts = square_error(module, batch)
@@ -137,29 +150,215 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
+def with_parts(module, batch):
+    return square_error(module, batch)[0], {"mean": batch["y"].mean()}
+
+
+TWO = """
+import signal, sys
+from dataclasses import asdict
+from pathlib import Path
+import torch
+from test_train import RUN, Line, fit, network, with_parts
+from minisd.train.loop import share, start_processes
+
+class Counted(Line):
+    calls = 0
+
+    def batch(self, indices, generator):
+        self.calls += 1
+        return super().batch(indices, generator)
+
+start_processes()
+folder, rank = sys.argv[1], share()[0]
+module, data = network(), Counted()
+records = [asdict(record) for record in fit(module, with_parts, data, RUN)]
+
+def interrupted(module, batch):  # Ctrl-C comes to the second process alone, in step 5
+    interrupted.steps += 1
+    if interrupted.steps == 5 and rank == 1:
+        signal.raise_signal(signal.SIGINT)
+    return with_parts(module, batch)
+
+interrupted.steps, stopped = 0, False
+try:
+    list(fit(network(), interrupted, Line(), RUN, Path(folder, "run.pt")))
+except KeyboardInterrupt:
+    stopped = True
+found = {"records": records, "model": module.state_dict(), "calls": data.calls, "stopped": stopped}
+torch.save(found | {"steps": interrupted.steps}, f"{folder}/{rank}.pt")
+"""
+
+
 def test_two_processes_equal_one(tmp_path):
-    """torchrun with two processes: the same losses and weights as one, but for the order of sums."""
+    """torchrun with two processes: the same losses and weights as one, but for the order of sums.
+
+    Each batch is made once. Ctrl-C to one of them stops both after the same step, which is kept.
+    """
     whole = network()
-    records = list(fit(whole, square_error, Line(), RUN))
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import torch\n"
-        "from test_train import RUN, Line, fit, network, square_error\n"
-        "from minisd.train.loop import start_processes\n"
-        "start_processes()\n"
-        "module = network()\n"
-        "losses = [r.loss for r in fit(module, square_error, Line(), RUN)]\n"
-        f"torch.save((losses, module.state_dict()), r'{tmp_path}/' + str(torch.distributed.get_rank()) + '.pt')\n"
-    )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for rank in (0, 1):
-        losses, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert losses == pytest.approx([r.loss for r in records], rel=1e-6)
+    records = list(fit(whole, with_parts, Line(), RUN))
+    (tmp_path / "two.py").write_text(TWO)
+    subprocess.run([*TORCHRUN, tmp_path / "two.py", tmp_path], check=True, timeout=600, env=ENVIRONMENT)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for rank in found:
+        assert [r["loss"] for r in rank["records"]] == pytest.approx([r.loss for r in records], rel=1e-6)
+        means = [r["parts"]["mean"] for r in rank["records"]]
+        assert means == pytest.approx([r.parts["mean"] for r in records], rel=1e-6, abs=1e-7)
         for name, weight in whole.state_dict().items():
-            assert torch.allclose(weight, state[name], rtol=1e-6, atol=1e-7)
+            assert torch.allclose(weight, rank["model"][name], rtol=1e-6, atol=1e-7)
+    assert [rank["calls"] for rank in found] == [RUN.steps, 0]
+    assert [(rank["stopped"], rank["steps"]) for rank in found] == [(True, 5)] * 2
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 5
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)["step"]
+
+
+def test_it_saves_by_the_clock(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("minisd.train.loop.time.monotonic", lambda: now)
+    kept = []
+    for record in fit(network(), square_error, Line(), RUN, tmp_path / "run.pt", every=9, seconds=100):
+        kept.append(saved(tmp_path / "run.pt") if (tmp_path / "run.pt").exists() else 0)
+        now += {4: 90, 5: 20, 6: 90}.get(record.step, 0)  # 110 seconds without a save are over after step 5, then 90
+    assert kept == [0, 0, 0, 0, 0, 6, 6, 6, 9, 9, 9, 12]
+
+
+def presses(*steps, signals=(signal.SIGINT,)):
+    """A loss that signals come during, at some steps."""
+
+    def loss(module, batch):
+        loss.calls += 1
+        if loss.calls in steps:
+            for number in signals:
+                signal.raise_signal(number)
+        return square_error(module, batch)
+
+    loss.calls = 0
+    return loss
+
+
+def test_ctrl_c_in_a_step_lets_it_finish_saves_and_stops(tmp_path):
+    whole = list(fit(network(), square_error, Line(), RUN))
+    path, first = tmp_path / "run.pt", []
+    with pytest.raises(KeyboardInterrupt):
+        first.extend(fit(network(), presses(6), Line(), RUN, path))
+    assert saved(path) == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert list(fit(network(), square_error, Line(), RUN, path)) == whole[6:]
+
+
+def test_a_second_ctrl_c_is_not_held_back(tmp_path):
+    loss = presses(6, signals=(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(network(), loss, Line(), RUN, tmp_path / "run.pt", every=4))
+    assert saved(tmp_path / "run.pt") == 4  # the step was left in the middle
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_handlers_of_signals_are_left_alone():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        assert len(list(fit(network(), presses(6), Line(), RUN))) == RUN.steps
+        assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_means_ctrl_c_is_treated_as_ctrl_c(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(fit(network(), presses(6, signals=(signal.SIGTERM,)), Line(), RUN, tmp_path / "run.pt"))
+        assert saved(tmp_path / "run.pt") == 6
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_is_closed_between_steps_saves(tmp_path):
+    run = fit(network(), square_error, Line(), RUN, tmp_path / "run.pt")
+    for _ in range(5):
+        next(run)
+    run.close()
+    assert saved(tmp_path / "run.pt") == 5
+
+
+def test_it_trains_outside_the_main_thread(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        records = pool.submit(lambda: list(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))).result()
+    assert len(records) == RUN.steps and saved(tmp_path / "run.pt") == RUN.steps
+
+
+class Workers(Line):
+    """Says which process made the batch, and whether it ignores Ctrl-C."""
+
+    def batch(self, indices, generator):
+        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return super().batch(indices, generator) | {"by": torch.tensor([[os.getpid(), ignores]] * len(indices))}
+
+
+def test_batches_come_from_worker_processes_that_leave_ctrl_c_to_the_first():
+    by = {}
+
+    def loss(module, batch):
+        by.setdefault(workers, set()).add(tuple(batch["by"][0].tolist()))
+        return square_error(module, batch)
+
+    for workers in (0, 2):
+        records = list(fit(network(), loss, Workers(), RUN, workers=workers))
+        assert records == list(fit(network(), square_error, Line(), RUN))
+    assert by[0] == {(os.getpid(), 0)}
+    assert len(by[2]) == 2 and all(process != os.getpid() and ignores for process, ignores in by[2])
+
+
+def test_a_checkpoint_is_for_one_run_at_a_time(tmp_path):
+    first = fit(network(), square_error, Line(), RUN, tmp_path / "run.pt")
+    next(first)
+    with pytest.raises(CheckpointError, match=r"run\.pt is in use by another run"):
+        next(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))
+    first.close()
+    assert len(list(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))) == RUN.steps - 1
+
+
+def test_a_killed_run_leaves_its_checkpoint_to_the_next(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from test_train import *\n"
+        "next(fit(network(), square_error, Line(), RUN, Path(sys.argv[1]), every=1)); os._exit(9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "run.pt"], env=ENVIRONMENT, timeout=120)
+    assert killed.returncode == 9 and saved(tmp_path / "run.pt") == 1
+    assert len(list(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))) == RUN.steps - 1
+
+
+def test_two_writers_of_one_file_are_not_in_each_others_way(tmp_path):
+    path = tmp_path / "x.bin"
+    with replacing(path) as slow:
+        slow.write_bytes(b"the slow one's")
+        with replacing(path) as fast:
+            fast.write_bytes(b"the fast one's")
+        assert path.read_bytes() == b"the fast one's"
+    assert path.read_bytes() == b"the slow one's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows age tells, not whether the process runs")
+def test_what_a_killed_writer_left_is_removed_and_no_other_writers(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from minisd.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary: temporary.write_bytes(b'half'); os._exit(9)"
+    )
+    path = tmp_path / "x.bin"
+    subprocess.run([sys.executable, "-c", code, path], env=ENVIRONMENT, timeout=120)
+    (left,) = tmp_path.iterdir()
+    alive = [tmp_path / f".x.bin.{os.getppid()}.0.part", tmp_path / ".x.bin.other.0.part", tmp_path / ".y.1.part"]
+    for other in alive:
+        other.touch()
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"whole")
+    assert not left.exists() and set(tmp_path.iterdir()) == {path, *alive}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path):
@@ -178,10 +377,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path)
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(self.path, "executed")),)
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    (tmp_path / "run.pt").write_bytes(b"not a checkpoint")
+    path, malicious = tmp_path / "run.pt", Malicious()
+    malicious.path = tmp_path
+    half = {"config": {**vars(RUN), "samples": 40}, "model": network().state_dict()}
+    path.write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        next(fit(network(), square_error, Line(), RUN, tmp_path / "run.pt"))
+        next(fit(network(), square_error, Line(), RUN, path))
+    for content in (malicious, network().state_dict(), {"config": 3}, [1, 2], torch.zeros(3), half):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"run\.pt is .*move it away") as error:
+            next(fit(network(), square_error, Line(), RUN, path))
+        shown = "".join(traceback.format_exception(error.value))
+        assert "weights_only" not in shown
+    assert not (tmp_path / "executed").exists()
 
 
 KILLED = """
@@ -239,10 +453,7 @@ def test_a_killed_process_ends_the_whole_run_within_30_seconds(tmp_path):
         f"        open(r'{tmp_path / 'died'}', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    run = subprocess.Popen([*TORCHRUN, str(script)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not (tmp_path / "died").exists():
         assert run.poll() is None
         time.sleep(0.1)

@@ -1,4 +1,8 @@
-"""What each network is asked to make small. A loss draws nothing at random: the batch holds it all."""
+"""What each network is asked to make small. A loss draws nothing at random: the batch holds it all.
+
+Most are means over samples, so that their mean over the shares of several processes is the loss of the whole batch.
+`clip_loss`, `vae_loss` and `classifier_loss` are not, and say what differs there.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,9 @@ def unexplained(z: Float[Tensor, "b z h w"], colour: Float[Tensor, "b c h w"]) -
 
     The canonical correlations' missing squares, `c - tr(C^-1 B Z^-1 B^T)`, with the covariances Z of latents, C of
     colours, and B between them (Hotelling 1936): every axis of colour counts the same, however rare it is.
+
+    This is no mean over samples: a batch's covariances are not those of its halves. Where processes share a batch, each
+    has those of its own share.
     """
     z, colour = (x.transpose(0, 1).flatten(1) for x in (z, colour))
     z, colour = z - z.mean(1, keepdim=True), colour - colour.mean(1, keepdim=True)
@@ -60,7 +67,8 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     The third makes mean colours nearly a linear function of the latents. Without it details crowd out a colour: pink
     comes back as beige, teal as blue.
 
-    Batch: that of `reconstruction_loss`, and `noise` as the latent.
+    Batch: that of `reconstruction_loss`, and `noise` as the latent. The third part, `unexplained`, is no mean over
+    samples: where two processes share a batch, gradients differ by about 0.3% from those of one.
     """
     posterior = vae.posterior(batch["image"])
     z = posterior.sample(batch["noise"])
@@ -81,7 +89,8 @@ def clip_loss(clip: CLIP, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
     (Radford et al. 2021, figure 3; with false captions added to the true ones: Yuksekgonul et al. 2023, section 5.)
 
-    Batch: `image` [b 3 h w], `ids` [b k n], of whose k captions a picture the first is true.
+    Batch: `image` [b 3 h w], `ids` [b k n], of whose k captions a picture the first is true. This is no mean over
+    samples: where processes share a batch, each looks for its pictures and captions among its own share alone.
     """
     image, ids = batch["image"], batch["ids"]
     true, false = ids[:, 0], ids[:, 1:].flatten(0, 1)
@@ -177,6 +186,10 @@ def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def classifier_loss(classifier: NoisyClassifier, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of every attribute that shows. Batch: `x_t` [b c h w], `t` [b], and an index [b] by attribute."""
+    """Cross-entropy of every attribute that shows. Batch: `x_t` [b c h w], `t` [b], and an index [b] by attribute.
+
+    This is no mean over the samples of the batch, but over those that show an attribute (`misreadings`): where
+    processes share a batch, each divides by how many there are in its own share.
+    """
     parts = misreadings(classifier(batch["x_t"], batch["t"]), batch)
     return sum(parts.values()), {name: part.detach() for name, part in parts.items()}

@@ -1,4 +1,5 @@
-"""The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`.
+"""The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`
+and `segmenter`.
 
 `decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
 `refine` goes on with the noise predictor; variants of it are to be made anew then.
@@ -6,12 +7,14 @@
 for it, `classifier` reads its latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
-that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws.
+that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws. The settings
+here are what a model would want; those that the bundled one was made with are in `assets/models/run.toml`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -32,6 +35,7 @@ from ..config import (
 )
 from ..critters import WORDS, Scene, caption
 from ..critters.oracle import SIZE, Examples, Oracle, oracle_loss
+from ..critters.segmenter import Segmenter, Segments, count, segmentation_loss, usual
 from ..depth import DPT
 from ..files import load_strictly, read_tensors, save_tensors
 from ..schedule import from_config
@@ -52,7 +56,7 @@ from .data import (
     SmallPictures,
     Stages,
 )
-from .loop import Record, TrainConfig, share
+from .loop import Record, TrainConfig
 from .losses import (
     Predictor,
     classifier_loss,
@@ -75,6 +79,9 @@ CLIP_RUN = TrainConfig(steps=3_000, batch_size=128, lr=2e-3, weight_decay=0.1, w
 UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=True)
 REFINE_RUN = TrainConfig(steps=4_000, batch_size=512, lr=1e-3, cooldown=0.7, ema=0.998, seed=8, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
+SEGMENTER_RUN = TrainConfig(
+    steps=1_000, batch_size=24, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02, seed=9, bf16=True
+)
 VARIANT_RUN = TrainConfig(steps=800, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
 DISTILLED_RUN = TrainConfig(steps=400, batch_size=64, lr=1e-3, warmup=50, cooldown=0.7, ema=0.995, seed=4, bf16=True)
@@ -111,6 +118,7 @@ def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
 
     (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
     """
+    shop.require("vae")
     config = shop.config
     module = shop.part("vae", VAE(config.vae))
     data = Decodings(shop.data(), module)
@@ -122,6 +130,7 @@ def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
 
 def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     """The tokenizer, trained on captions alone; then the noise predictor together with the text tower."""
+    shop.require("vae")
     config, generator = shop.config, torch.Generator().manual_seed(run.seed)
     assert config.prediction == "v", config.prediction  # what `Latents` has as its target
     captions = [caption(Scene.sample(generator), generator) for _ in range(CAPTIONS)]
@@ -130,13 +139,13 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     data = Latents(shop.data(), shop.part("vae", VAE(config.vae)), tokenizer, from_config(config.schedule))
     module = shop.fresh(lambda: Predictor(TextTower(config.text), UNet(config.unet)), run.seed)
     yield from shop.run("unet", module, diffusion_loss, data, run)
-    if share()[0] == 0:
-        tokenizer.save(shop.model / "tokenizer.txt")
+    shop.write(tokenizer.save, shop.model / "tokenizer.txt")
     shop.keep(config, text=module.text, unet=module.unet)
 
 
 def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Iterator[Record]:
     """The noise predictor goes on from where it is; the text tower, which other parts know by now, stays as it is."""
+    shop.require("vae", "unet")
     module = Predictor(shop.part("text", TextTower(shop.config.text)), shop.part("unet", UNet(shop.config.unet)))
     module.unet.requires_grad_(True)
     yield from shop.run("refine", module, diffusion_loss, shop.latents(), run)
@@ -148,6 +157,7 @@ def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
 
     (Zhai et al. 2022, "LiT", with the other tower locked.)
     """
+    shop.require("vae", "unet")
     config = shop.config
     module = shop.fresh(lambda: mini_clip(config), run.seed)
     load_strictly(module.text, read_tensors(shop.model / "text.safetensors"), "the text tower")
@@ -162,12 +172,25 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
     data = shop.data()
     module = shop.fresh(Oracle, run.seed)
     yield from shop.run("oracle", module, oracle_loss, Examples(data.shrunk(SIZE), data.scenes), run)
-    if share()[0] == 0:
-        save_module(module, shop.folder / "oracle.safetensors")
+    shop.write(save_module, module, shop.folder / "oracle.safetensors")
+
+
+def segmenter(shop: Workshop, run: TrainConfig = SEGMENTER_RUN) -> Iterator[Record]:
+    """The network that tells parts, on two fifths of the renders; then what is usual, counted on the others."""
+    data = shop.data()
+    images, parts, learnt = data.shrunk(SIZE), data.shrunk_parts(SIZE), int(0.4 * len(data))
+    module = shop.fresh(Segmenter, run.seed)
+    yield from shop.run("segmenter", module, segmentation_loss, Segments(images[:learnt], parts[:learnt]), run)
+    others, scenes = images[learnt:].float() / 127.5 - 1, data.scenes[learnt:]
+    counts = torch.cat([count(module.parts(some)) for some in (others, others.flip(3))])
+    table = json.dumps(usual([*scenes, *(scene.mirrored() for scene in scenes)], counts), indent=1)
+    shop.write(save_module, module, shop.folder / "segmenter.safetensors")
+    shop.write((shop.folder / "segmenter.json").write_text, table + "\n")
 
 
 def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A variant that fills holes: it is also shown which cells to redraw, and the latent of the rest."""
+    shop.require("vae", "unet")
     beside = 1 + shop.config.vae.latent_channels
     yield from shop.variant("inpaint", shop.latents(Holes), diffusion_loss, run, beside)
 
@@ -182,17 +205,18 @@ def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Reco
 
     module = shop.fresh(make, run.seed)
     yield from shop.run("estimator", module, depth_loss, Distances(shop.data(), CRITTERS_DEPTH.size), run)
-    if share()[0] == 0:
-        save_module(module, shop.beside("depth") / "depth.safetensors")
+    shop.write(save_module, module, shop.beside("depth") / "depth.safetensors")
 
 
 def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A variant that is also shown how near everything is to be."""
+    shop.require("vae", "unet")
     yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
 def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A ControlNet that is shown edges; it is kept beside the model as what it has that the noise predictor has not."""
+    shop.require("vae", "unet")
     config = shop.config
     text, unet = shop.part("text", TextTower(config.text)), shop.part("unet", UNet(config.unet))
 
@@ -203,12 +227,12 @@ def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
 
     module = shop.fresh(make, run.seed)
     yield from shop.run("control", module, partial(control_loss, Predictor(text, unet)), shop.latents(Edges), run)
-    if share()[0] == 0:
-        save_tensors(shop.model / "control.lora.safetensors", controlnet.differences(module))
+    shop.write(save_tensors, shop.model / "control.lora.safetensors", controlnet.differences(module))
 
 
 def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Record]:
     """A variant that draws in 4 steps of Euler, and needs no guidance: it is distilled into it."""
+    shop.require("vae", "unet")
     teacher, schedule = shop.part("unet", UNet(shop.config.unet)), from_config(shop.config.schedule)
     loss = partial(distillation_loss, teacher, schedule, shop.config.guidance)
     yield from shop.variant("distilled", shop.latents(Stages), loss, run, guidance=1.0, **Stages.DRAWN)
@@ -216,6 +240,7 @@ def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Reco
 
 def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Record]:
     """A classifier of the model's noisy latents."""
+    shop.require("vae", "unet")
     words = {name: len(words) for name, words in WORDS.items()}
     module = shop.fresh(lambda: NoisyClassifier(CRITTERS_CLASSIFIER, words), run.seed)
     yield from shop.run("classifier", module, classifier_loss, shop.latents(Labelled), run)
@@ -226,8 +251,7 @@ def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Iterator[Record]:
     """A noise predictor for pictures themselves, small ones, without words."""
     module = shop.fresh(lambda: UNet(CRITTERS_PIXELS), run.seed)
     yield from shop.run("pixels", module, noise_loss, SmallPictures(shop.data()), run)
-    if share()[0] == 0:
-        save_module(module, shop.folder / "pixels.safetensors")
+    shop.write(save_module, module, shop.folder / "pixels.safetensors")
 
 
 RECIPES = {
@@ -237,6 +261,7 @@ RECIPES = {
     "clip": (clip, CLIP_RUN),
     "decoder": (decoder, DECODER_RUN),
     "oracle": (oracle, ORACLE_RUN),
+    "segmenter": (segmenter, SEGMENTER_RUN),
     "inpaint": (inpaint, VARIANT_RUN),
     "estimator": (estimator, ESTIMATOR_RUN),
     "depth": (depth, VARIANT_RUN),

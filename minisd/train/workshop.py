@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..adapters import lora
@@ -24,16 +25,25 @@ from .losses import Predictor
 
 RENDERS = 5_000
 RANK = 16  # of a variant's changes
+MAKES = {  # what the recipes that others build on leave in the model's folder
+    "vae": ("config.json", "vae.safetensors"),
+    "unet": ("tokenizer.txt", "text.safetensors", "unet.safetensors"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """The folder a model is made in, the device it is made on, how many renders it learns from, and its sizes."""
+    """The folder a model is made in, the device it is made on, and its sizes.
+
+    It learns from so many renders, of the scenes that `render_seed` stands for; `workers` processes make the batches.
+    """
 
     folder: Path
     device: torch.device
     renders: int = RENDERS
     preset: ModelConfig = CRITTERS_512
+    render_seed: int = 0
+    workers: int = 0
 
     def __post_init__(self):
         self.model.mkdir(parents=True, exist_ok=True)
@@ -50,7 +60,13 @@ class Workshop:
 
     def data(self) -> Renders:
         """The renders, made on first use."""
-        return Renders(self.folder / "renders", self.renders, self.config.size, device=self.device)
+        return Renders(self.folder / "renders", self.renders, self.config.size, self.render_seed, self.device)
+
+    def require(self, *recipes: str) -> None:
+        """Raise ValueError where a recipe that must have been run has not left its parts: to be called before work."""
+        for recipe in recipes:
+            if missing := [name for name in MAKES[recipe] if not (self.model / name).exists()]:
+                raise ValueError(f"{self.model} has no {', '.join(missing)} yet: run {recipe} first")
 
     def latents(self, kind: type[Latents] = Latents) -> Latents:
         """What a noise predictor learns from, once there are a tokenizer and an autoencoder."""
@@ -73,19 +89,25 @@ class Workshop:
 
         A run that goes on after a crash repeats some rows.
         """
-        stem = self.folder / f"{self.preset.name}-{name}"
-        for record in fit(module, loss, data, config, checkpoint=stem.with_suffix(".pt"), every=200):
+        path = self.folder / f"{self.preset.name}-{name}"  # may hold a dot: no suffix is to be replaced
+        for record in fit(module, loss, data, config, Path(f"{path}.pt"), every=200, workers=self.workers):
             if share()[0] == 0:
-                with stem.with_suffix(".csv").open("a", encoding="utf-8") as table:
+                with Path(f"{path}.csv").open("a", encoding="utf-8") as table:
                     table.write(f"{record.step},{record.loss:.5f},{record.lr:.2e},{record.grad_norm:.3f}\n")
             yield record
 
-    def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
-        """Write finished parts and the config beside them, from one process alone."""
+    def write(self, save: Callable, *arguments: object) -> None:
+        """Have the first process write a file by `save(*arguments)`; the others wait until it is there."""
         if share()[0] == 0:
-            for name, module in modules.items():
-                save_module(module, self.model / f"{name}.safetensors")
-            write_config(self.model, config)
+            save(*arguments)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def keep(self, config: ModelConfig, **modules: nn.Module) -> None:
+        """Write finished parts and the config beside them."""
+        for name, module in modules.items():
+            self.write(save_module, module, self.model / f"{name}.safetensors")
+        self.write(write_config, self.model, config)
 
     def beside(self, variant: str) -> Path:
         """The folder of a variant of the model."""
@@ -115,11 +137,10 @@ class Workshop:
 
         module = self.fresh(make, run.seed)
         yield from self.run(name, module, loss, data, run)
-        if share()[0] == 0:
-            folder = self.beside(name)
-            first = {f"conv_in.{key}": t for key, t in module.unet.conv_in.state_dict().items()} if beside else {}
-            save_tensors(folder / "unet.lora.safetensors", first | lora.changes(module.unet))
-            write_config(folder, config)
+        folder = self.beside(name)
+        first = {f"conv_in.{key}": t for key, t in module.unet.conv_in.state_dict().items()} if beside else {}
+        self.write(save_tensors, folder / "unet.lora.safetensors", first | lora.changes(module.unet))
+        self.write(write_config, folder, config)
 
 
 def widened(conv: nn.Conv2d, beside: int) -> nn.Conv2d:
