@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny
 
 from minisd.config import CRITTERS_DEPTH
@@ -32,6 +33,7 @@ from minisd.train.data import (
     Stages,
     holes,
     posteriors,
+    redrawn,
 )
 
 ALL = torch.arange(8)
@@ -101,12 +103,13 @@ def test_pictures_come_either_way_round_and_errors_in_their_eyes_count_eightfold
     assert batch["noise"].shape == (200, 4, 8, 8) and normal(batch["noise"])
 
 
-def test_decoders_see_squares_of_noisy_latents(renders, eyes, monkeypatch):
+def test_decoders_see_squares_of_noisy_latents_and_of_drawn_ones(renders, eyes, monkeypatch):
     monkeypatch.setattr(Decodings, "SIDE", 3)
-    data, off, corners, weighed = Decodings(renders, tiny().vae), [], set(), 0
+    drawn = posteriors(renders, tiny().vae)[0] + 100
+    data, off, corners, weighed, of_drawn = Decodings(renders, tiny().vae, drawn), [], set(), 0, 0
     data.deviation = torch.zeros_like(data.deviation)
     index = torch.tensor([int(eyes.sum((1, 2, 3)).argmax())])  # of the largest eyes
-    for draw in range(40):
+    for draw in range(80):
         batch = data.batch(index, some(draw))
         assert batch["image"].shape == (1, 3, 24, 24)
         places = [(mirrored, y, x) for mirrored in (0, 1) for y in range(6) for x in range(6)]
@@ -114,12 +117,17 @@ def test_decoders_see_squares_of_noisy_latents(renders, eyes, monkeypatch):
             picture = renders.pictures(index, torch.tensor([bool(mirrored)]))
             rows, columns = slice(8 * y, 8 * y + 24), slice(8 * x, 8 * x + 24)
             if picture[:, :, rows, columns].equal(batch["image"]):
-                off.append(batch["z"][0] - data.mean[index[0], mirrored, :, y : y + 3, x : x + 3])
+                error = batch["z"][0] - data.mean[index[0], mirrored, :, y : y + 3, x : x + 3]
+                if error.min() > 50:
+                    of_drawn += 1
+                    assert batch["z"][0].equal(drawn[index[0], mirrored, :, y : y + 3, x : x + 3].float())
+                else:
+                    off.append(error)
                 corners.add((y, x))
                 weight = 1 + 7 * turned(eyes[index], torch.tensor([bool(mirrored)]))[:, :, rows, columns]
                 assert batch["weight"].equal(weight)
                 weighed += bool(weight.max() > 1)
-    assert len(off) == 40 and len(corners) > 15 and weighed > 5
+    assert len(off) + of_drawn == 80 and 25 <= of_drawn <= 55 and len(corners) > 15 and weighed > 5
     # A level evenly from 0 to its highest has a third of the highest's variance.
     assert torch.stack(off).square().mean().sqrt() == pytest.approx(data.level / 3**0.5, rel=0.15)
     assert data.level == 0.2 / 0.5  # 0.2 deviations of latents that are to be halved
@@ -128,14 +136,52 @@ def test_decoders_see_squares_of_noisy_latents(renders, eyes, monkeypatch):
 
 
 def test_decoders_see_a_latent_drawn_from_the_posterior_of_their_picture(renders):
-    data = Decodings(renders, tiny().vae)
+    visits = ALL.repeat(50)  # twice as many: half of them see a drawn latent
+    data = Decodings(renders, tiny().vae, torch.full_like(posteriors(renders, tiny().vae)[0], 100))
     (mean, deviation), data.level = (data.mean, data.deviation), 0
     data.deviation = torch.zeros_like(deviation)
-    batch = data.batch(VISITS, some())
-    visited = VISITS, sides(batch["image"], renders.pictures(VISITS)).long()
-    assert batch["z"].equal(mean[visited].float())
+    batch = data.batch(visits, some())
+    visited = visits, sides(batch["image"], renders.pictures(visits)).long()
+    own = (batch["z"] != 100).flatten(1).all(1)
+    assert 150 < own.sum() < 250 and batch["z"][own].equal(mean[visited][own].float())
     data.mean, data.deviation = torch.zeros_like(mean), deviation
-    assert normal(data.batch(VISITS, some())["z"] / deviation[visited].float())
+    assert normal((data.batch(visits, some())["z"] / deviation[visited].float())[own], tolerance=0.03)
+
+
+class Blank(torch.nn.Module):
+    """A noise predictor that takes every picture for a blank one, and notes what it is asked."""
+
+    def __init__(self, unet, schedule):
+        super().__init__()
+        self.conv_in, self.alpha_bar, self.asked = unet.conv_in, schedule.alpha_bar.float(), []
+
+    def forward(self, x_t, t, context, label=None):
+        self.asked.append((t[0].item(), x_t.chunk(2)[0], context))
+        alpha_bar = self.alpha_bar[t.round().long()].view(-1, 1, 1, 1)
+        return (alpha_bar / (1 - alpha_bar)).sqrt() * x_t
+
+
+def test_latents_are_drawn_anew_from_some_noise_under_the_prompts_of_either_side(renders, monkeypatch):
+    sd = tiny()
+    monkeypatch.setattr(renders, "scenes", [dataclasses.replace(scene, look="left") for scene in renders.scenes])
+    monkeypatch.setattr("minisd.train.data.prompt", lambda scene: scene.look)
+    blank = Blank(sd.unet, sd.schedule)
+    drawn = redrawn(renders, sd.vae, sd.tokenizer, sd.text, blank, sd.schedule, guidance=2.0)
+    mean, _ = posteriors(renders, sd.vae)
+    assert drawn.shape == mean.shape and drawn.abs().max() < 0.01  # it is the predictor's picture that counts
+
+    starts = [asked for before, asked in zip([(0.0,), *blank.asked], blank.asked, strict=False) if asked[0] > before[0]]
+    assert len(starts) == 2  # one for each side
+    for (t, x_t, context), side, look in zip(starts, (0, 1), ("left", "right"), strict=True):
+        sigma = sd.schedule.sigma(t).item()
+        assert 0.3 <= sigma <= 1.5
+        x0 = 0.5 * mean[:, side].float()  # 0.5 is the scaling
+        noise = (x_t * (1 + sigma**2) ** 0.5 - x0) / sigma
+        assert abs(noise.std() - 1) < 0.05 and abs(F.cosine_similarity(noise.flatten(), x0.flatten(), dim=0)) < 0.1
+        uncond, cond = context.chunk(2)
+        with torch.no_grad():
+            assert torch.allclose(cond, sd.text(sd.tokenizer([look] * 8)), atol=1e-5)
+            assert torch.allclose(uncond, sd.text(sd.tokenizer([""] * 8)), atol=1e-5)
 
 
 def test_latents_are_encoded_once_for_an_encoder(renders, monkeypatch):

@@ -15,24 +15,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..clip import TextTower
 from ..config import CRITTERS_DEPTH
-from ..critters import PARTS, Scene, caption, depths, render
+from ..critters import PARTS, Scene, caption, depths, prompt, render
 from ..critters.captions import near_misses
 from ..critters.oracle import MIRRORED_LOOK, targets
+from ..denoiser import Denoiser
 from ..depth import depth_channel
 from ..files import replacing
 from ..image import edges
+from ..samplers import dpmpp_2m
 from ..schedule import NoiseSchedule, linear, plan
 from ..tokenizer import Tokenizer
+from ..unet import UNet
 from ..vae import VAE
 from .loop import Batch, share
 
 CHUNK = 80  # renders a file
 NEAR_MISSES = 3  # false captions a picture
 EYES = PARTS.index("eyes")
+REDRAWN, REDRAWN_STEPS = (0.3, 1.5), 20  # noise on latents that are drawn anew, from and to; steps from pure noise
 EYE_WEIGHT = 8.0  # how much more an error counts in the eyes, which are small and looked at first
 
 
@@ -200,28 +205,67 @@ def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], 
                 found["deviation"].append(torch.stack([(p.logvar / 2).exp() for p in both], dim=1))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
-    latents = renders.known(f"latents-{renders.size}-{encoder_name(vae)}", make)
+    latents = renders.known(f"latents-{renders.size}-{name_of(vae.encoder, vae.quant)}", make)
     return latents["mean"], latents["deviation"]
 
 
-def encoder_name(vae: VAE) -> str:
-    """A name for an autoencoder's encoder, by its weights."""
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for m in (vae.encoder, vae.quant) for p in m.parameters())
+def name_of(*modules: nn.Module) -> str:
+    """A name for modules, by their weights: what was made with others is not taken for theirs."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for module in modules for p in module.parameters())
     return hashlib.sha256(weights).hexdigest()[:12]
 
 
+def redrawn(
+    renders: Renders,
+    vae: VAE,
+    tokenizer: Tokenizer,
+    text: TextTower,
+    unet: UNet,
+    schedule: NoiseSchedule,
+    guidance: float,
+) -> Float[Tensor, "n 2 z h w"]:
+    """The unscaled latents of all renders, each as it is and mirrored, as the noise predictor draws them: with so much
+    noise that it must draw anew what is fine, and may keep what is coarse, under their own prompts.
+    """
+    mean, _ = posteriors(renders, vae)
+    levels = plan(schedule, REDRAWN_STEPS, "karras").sigmas.float()
+    negative = text(tokenizer([""]))
+
+    @torch.no_grad()
+    def draw(z: Tensor, scenes: list[Scene], generator: torch.Generator) -> Tensor:
+        low, high = REDRAWN
+        first = low * (high / low) ** torch.rand(1, generator=generator)
+        x0 = vae.config.scaling * z.float().to(negative.device)
+        x = x0 + first.item() * torch.randn(x0.shape, generator=generator).to(x0)
+        context = text(tokenizer([prompt(scene) for scene in scenes]))
+        denoise = Denoiser(unet, schedule, "v", context, negative, guidance)
+        *_, (x, _) = dpmpp_2m(denoise, x, torch.cat([first, levels[levels < first]]), None)
+        return x / vae.config.scaling
+
+    def make(indices: Tensor) -> dict[str, Tensor]:
+        generator, found = torch.Generator().manual_seed(int(indices[0])), []
+        for some in indices.split(8):
+            scenes = [renders.scenes[i] for i in some]
+            both = scenes, [scene.mirrored() for scene in scenes]
+            found.append(torch.stack([draw(mean[some, side], both[side], generator) for side in (0, 1)], dim=1))
+        return {"z": torch.cat(found)}
+
+    return renders.known(f"redrawn-{renders.size}-{name_of(unet, text, vae.encoder, vae.quant)}", make)["z"]
+
+
 class Decodings:
-    """What a decoder sees that learns by itself: a square of a latent, with noise on it, and the pixels it stands for.
+    """What a decoder sees that learns by itself: a square of a latent, and the pixels it stands for.
 
     Drawn latents are not quite right anywhere. A decoder that has only seen the encoder's takes each small error for a
-    detail: smooth fur comes out crumpled.
+    detail: smooth fur comes out crumpled. So half of these are the encoder's with noise on them, and half are `drawn`
+    ones (see `redrawn`).
     """
 
     SIDE = 32  # of the square, in cells
     NOISE = 0.2  # at most, in deviations of the latents
 
-    def __init__(self, renders: Renders, vae: VAE):
-        self.factor, self.level = vae.config.factor, self.NOISE / vae.config.scaling
+    def __init__(self, renders: Renders, vae: VAE, drawn: Float[Tensor, "n 2 z h w"]):
+        self.factor, self.level, self.drawn = vae.config.factor, self.NOISE / vae.config.scaling, drawn
         self.mean, self.deviation = posteriors(renders, vae)
         self.pictures = Pictures(renders, self.mean.shape[2:])
 
@@ -234,6 +278,7 @@ class Decodings:
         z = self.mean[seen] + self.deviation[seen] * batch["noise"]
         level = self.level * torch.rand(count, 1, 1, 1, generator=generator)
         z = z + level * torch.randn(z.shape, generator=generator)
+        z = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, self.drawn[seen].float(), z)
         side = min(self.SIDE, z.shape[-1])
         corners = torch.randint(z.shape[-1] - side + 1, (count, 2), generator=generator).tolist()
 
@@ -357,7 +402,7 @@ class Holes(Latents):
                 found.append(torch.stack([shown(image, generator), shown(image.flip(3), generator)], dim=1))
             return {"shown": torch.cat(found)}
 
-        self.shown = renders.known(f"holes-{renders.size}-{encoder_name(vae)}", make)["shown"]
+        self.shown = renders.known(f"holes-{renders.size}-{name_of(vae.encoder, vae.quant)}", make)["shown"]
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)

@@ -1,7 +1,8 @@
 """The recipes of the bundled models, in the order they are run: `vae`, `unet`, `clip`; and the measuring `oracle`
 and `segmenter`.
 
-`decoder` may be run at any time after `vae`: the encoder stays as it is, and with it all that was trained on latents.
+`decoder` may be run again whenever the noise predictor has changed: the encoder stays as it is, and with it all that
+was trained on latents.
 `refine` goes on with the noise predictor; variants of it are to be made anew then.
 `inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a ControlNet
 for it, `classifier` reads its latents. `pixels` stands alone.
@@ -55,6 +56,7 @@ from .data import (
     Pictures,
     SmallPictures,
     Stages,
+    redrawn,
 )
 from .loop import Record, TrainConfig
 from .losses import (
@@ -112,16 +114,19 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
 
 
 def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
-    """The autoencoder's decoder goes on by itself from where it is, and learns to bear errors in latents.
+    """The autoencoder's decoder goes on by itself from where it is, and learns to bear the errors of drawn latents.
 
     The encoder and the latents stay as they are.
 
     (The published ft-EMA and ft-MSE autoencoders of Stable Diffusion were made so.)
     """
-    shop.require("vae")
-    config = shop.config
-    module = shop.part("vae", VAE(config.vae))
-    data = Decodings(shop.data(), module)
+    shop.require("vae", "unet")
+    config, renders = shop.config, shop.data()
+    module, text = shop.part("vae", VAE(config.vae)), shop.part("text", TextTower(config.text))
+    tokenizer, unet = read_tokenizer(shop.model, config), shop.part("unet", UNet(config.unet))
+    schedule = from_config(config.schedule)
+    drawn = redrawn(renders, module, tokenizer, text, unet, schedule, config.guidance)
+    data = Decodings(renders, module, drawn)
     module.requires_grad_(True).encoder.requires_grad_(False)
     module.quant.requires_grad_(False)
     yield from shop.run("decoder", module, decoder_loss, data, run)
