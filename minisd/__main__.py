@@ -189,8 +189,8 @@ def train(
     What is not given is as the recipe has it. A run that was stopped, by Ctrl-C as well, goes on when the same command
     is given again.
 
-    When the model is whole: refine; its variants inpaint, depth, estimator, distilled; control, classifier. Alone:
-    oracle, segmenter, pixels.
+    When the model is whole: refine; its variants inpaint, depth, estimator, upscale, distilled; control,
+    classifier. Alone: oracle, segmenter, pixels.
     """
     from .train.loop import start_processes
     from .train.stages import carry_out, stages

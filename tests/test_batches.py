@@ -29,6 +29,7 @@ from minisd.train.data import (
     Latents,
     Pictures,
     Renders,
+    Shrunk,
     SmallPictures,
     Stages,
     holes,
@@ -321,6 +322,23 @@ def test_what_is_shown_beside_a_hole_is_the_rest_of_the_same_picture(renders):
         assert cells.equal(white[:, :, ::8, ::8][VISITS[here]])
         assert torch.allclose(beside, rest[VISITS[here]], atol=2e-3, rtol=1e-3)  # kept in half precision
         assert (data.shown[:, mirrored, 1:].std(0) > 0).all()
+
+
+def test_an_upscaler_is_shown_the_picture_in_a_pixel_a_cell_with_a_little_noise(renders):
+    sd = tiny()
+    data = Shrunk(renders, sd.vae, sd.tokenizer, sd.schedule)
+    batch = data.batch(VISITS, some())
+    assert batch["x_t"].shape == (200, 7, 8, 8)
+    small = turned(renders.pictures(VISITS, size=8), batch["mirrored"])
+    off = batch["x_t"][:, 4:] - small
+    most = sd.schedule.sigma(Shrunk.NOISE).item()
+    levels = off.flatten(1).std(1)
+    assert levels.min() < 0.25 * most and 0.7 * most < levels.max() < 1.3 * most
+    assert abs(off.mean()) < 0.05 * most
+    plain = Latents(renders, sd.vae, sd.tokenizer, sd.schedule).batch(VISITS, some())
+    assert all(plain[name].equal(batch[name]) for name in ("t", "ids", "target")) and plain["x_t"].equal(
+        batch["x_t"][:, :4]
+    )
 
 
 def test_edges_are_those_of_the_picture_as_it_is_seen(renders):

@@ -57,11 +57,13 @@ def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
     picture = sd("a cat", seed=1, steps=2, progress=False)
     assert picture.size == (64, 64)
     settings = {"seed": 1, "steps": 2, "guidance": 3, "progress": False}
-    for name in ("inpaint", "depth", "distilled"):
+    for name in ("inpaint", "depth", "upscale", "distilled"):
         variant = minisd.load(tmp_path / f"tiny-{name}")
         assert all(a.equal(b) for a, b in zip(variant.vae.parameters(), sd.vae.parameters(), strict=True))
         if name == "depth":
             drawn = variant.depth2img("a cat", picture, strength=1, **settings)
+        elif name == "upscale":
+            drawn = variant.upscale("a cat", picture.resize((8, 8)), **settings)
         else:
             drawn = variant("a cat", **settings)
         assert drawn.info["model"] == f"tiny-{name}"

@@ -443,6 +443,26 @@ class Depths(Latents):
         return batch | {"x_t": torch.cat([batch["x_t"], near], dim=1)}
 
 
+class Shrunk(Latents):
+    """What an upscaler sees: beside the latent, the picture shrunk to a pixel a cell, with a little noise on it.
+
+    (Ho et al. 2022, "Cascaded diffusion models", section 4: with noise it learns not to trust each pixel.)
+    """
+
+    NOISE = 50  # at most, in steps of the schedule
+
+    def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
+        super().__init__(renders, vae, tokenizer, schedule)
+        self.small = renders.shrunk(self.mean.shape[-1])
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        batch = super().batch(indices, generator)
+        small = _mirrored(self.small[indices], batch["mirrored"]).float() / 127.5 - 1
+        level = torch.randint(self.NOISE + 1, (len(indices),), generator=generator)
+        noised = self.schedule.add_noise(small, level, torch.randn(small.shape, generator=generator))
+        return batch | {"x_t": torch.cat([batch["x_t"], noised], dim=1)}
+
+
 class Edges(Latents):
     """What a ControlNet sees: beside the latent, the edges of the picture, as large as it is."""
 

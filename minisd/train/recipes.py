@@ -4,8 +4,8 @@ and `segmenter`.
 `decoder` may be run again whenever the noise predictor has changed: the encoder stays as it is, and with it all that
 was trained on latents.
 `refine` goes on with the noise predictor; variants of it are to be made anew then.
-`inpaint`, `depth` (with its `estimator`) and `distilled` make variants of the finished model, `control` a ControlNet
-for it, `classifier` reads its latents. `pixels` stands alone.
+`inpaint`, `depth` (with its `estimator`), `upscale` and `distilled` make variants of the finished model, `control` a
+ControlNet for it, `classifier` reads its latents. `pixels` stands alone.
 
 Each works in one folder: it reads what earlier ones left in the model's own folder there, keeps its checkpoint beside
 that, and adds its own part. When the first three have run, `minisd.load(folder / "critters-512")` draws. The settings
@@ -54,6 +54,7 @@ from .data import (
     Labelled,
     Latents,
     Pictures,
+    Shrunk,
     SmallPictures,
     Stages,
     redrawn,
@@ -219,6 +220,12 @@ def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
+def upscale(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+    """A variant that enlarges: it is also shown the picture in as many pixels as the latent has cells."""
+    shop.require("vae", "unet")
+    yield from shop.variant("upscale", shop.latents(Shrunk), diffusion_loss, run, beside=3)
+
+
 def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     """A ControlNet that is shown edges; it is kept beside the model as what it has that the noise predictor has not."""
     shop.require("vae", "unet")
@@ -270,6 +277,7 @@ RECIPES = {
     "inpaint": (inpaint, VARIANT_RUN),
     "estimator": (estimator, ESTIMATOR_RUN),
     "depth": (depth, VARIANT_RUN),
+    "upscale": (upscale, VARIANT_RUN),
     "control": (control, VARIANT_RUN),
     "distilled": (distilled, DISTILLED_RUN),
     "classifier": (classifier, CLASSIFIER_RUN),
