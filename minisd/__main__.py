@@ -215,20 +215,29 @@ def evaluate(
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
-    """Draw from many prompts and count what an independent network reads back from the pictures."""
+    """Draw from many prompts and count what independent networks see in the pictures.
+
+    One reads the words back. The other counts parts: is everything there as often as in renders of the same kind?
+    """
     import torch
 
     from .critters import Scene
-    from .evaluate import draw_scenes, load_oracle, measure
+    from .evaluate import anatomy, draw_scenes, load_oracle, load_segmenter, measure
     from .pipeline import load
 
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, 0, checks.MAX_SEED))
     scenes = [Scene.sample(generator, split) for _ in range(checks.integer("n", n, 1, 100_000))]
     drawn = draw_scenes(load(model, device=device), scenes, steps=steps, guidance=guidance)
-    counts = measure(load_oracle(), scenes, drawn)
-    for name, count in counts.items():
-        low, high = count.interval()
-        typer.echo(f"{name:11} {count.right:4} of {count.total:4}  {count.share:6.1%}  (99%: {low:.1%} to {high:.1%})")
+    tables = {
+        "words that were read back": measure(load_oracle(), scenes, drawn),
+        "parts that are there as often as in renders": anatomy(*load_segmenter(), scenes, drawn),
+    }
+    for title, counts in tables.items():
+        typer.echo(f"{title}:")
+        for name, count in counts.items():
+            low, high = count.interval()
+            share = f"{count.right:4} of {count.total:4}  {count.share:6.1%}  (99%: {low:.1%} to {high:.1%})"
+            typer.echo(f"  {name:11} {share}")
 
 
 @app.command()

@@ -182,9 +182,9 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
 
 
 def segmenter(shop: Workshop, run: TrainConfig = SEGMENTER_RUN) -> Iterator[Record]:
-    """The network that tells parts, on two fifths of the renders; then what is usual, counted on the others."""
+    """The network that tells parts, from half of the renders; then what is usual, counted on the others."""
     data = shop.data()
-    images, parts, learnt = data.shrunk(SIZE), data.shrunk_parts(SIZE), int(0.4 * len(data))
+    images, parts, learnt = data.shrunk(SIZE), data.shrunk_parts(SIZE), len(data) // 2
     module = shop.fresh(Segmenter, run.seed)
     yield from shop.run("segmenter", module, segmentation_loss, Segments(images[:learnt], parts[:learnt]), run)
     others, scenes = images[learnt:].float() / 127.5 - 1, data.scenes[learnt:]
