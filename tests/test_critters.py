@@ -8,7 +8,20 @@ import re
 import pytest
 import torch
 
-from minisd.critters import PARTS, WORDS, Scene, batches, camera, caption, captions, field, prompt, render, trace
+from minisd.critters import (
+    PARTS,
+    WORDS,
+    Scene,
+    batches,
+    camera,
+    caption,
+    captions,
+    field,
+    prompt,
+    render,
+    styles,
+    trace,
+)
 from minisd.critters.anatomy import DISTANCE, GROUND, anatomy
 from minisd.critters.scene import EYES, FURS, PATTERN_WEIGHTS, PATTERNS, SPECIES
 
@@ -304,6 +317,20 @@ def test_eyes_look_out_of_every_front_face(scenes, renders):
         assert {"background", "head", "body", "eyes", "nose"} <= seen, scene
         assert ("hat" in seen) == (scene.accessory == "party hat"), scene
         assert ("tag" in seen) <= ("collar" in scene.accessory), scene
+
+
+def test_ink_divides_parts_but_not_what_grows_out_of_another():
+    def ink(left, right):
+        parts = torch.full((1, 1, 64, 64), PARTS.index(left))
+        parts[..., 32:] = PARTS.index(right)
+        known = {"mask": torch.ones(1, 1, 64, 64), "depth": torch.full((1, 1, 64, 64), 8.0), "part": parts.float()}
+        others = styles.Layers._fields
+        return styles.ink(styles.Layers(**{name: known.get(name, torch.zeros(1, 1, 64, 64)) for name in others})).max()
+
+    for one, other in (("head", "ears"), ("body", "legs"), ("body", "tail"), ("legs", "tail")):
+        assert ink(one, other) == 0, (one, other)
+    for one, other in (("head", "eyes"), ("ears", "legs"), ("tail", "neckwear")):
+        assert ink(one, other) > 0.5, (one, other)
 
 
 def test_worn_things_are_seen():

@@ -22,6 +22,7 @@ WHAT = {
     "pixels.safetensors": "draws small pictures without latents and words",
     "depth.safetensors": "the depth estimator",
     "oracle.safetensors": "reads attributes back from pictures",
+    "segmenter.safetensors": "tells parts, so that they can be counted",
 }
 ATTRIBUTES = [name for name in WORDS if name != "studio"]
 
@@ -89,6 +90,40 @@ def zero_shot(measured: dict) -> str:
     )
 
 
+WHOSE = {
+    "renders": "fresh renders",
+    "reconstructions": "their reconstructions",
+    "drawn": "drawn",
+    "distilled": "drawn in 4 steps, distilled",
+}
+
+
+def anatomy(measured: dict) -> str:
+    found = measured["anatomy"]
+    parts = [name for name in found["renders"]["all"] if name != "of"]
+    labelled = [
+        [f"counted as they are labelled: {WHOSE[name]}", str(found[name]["all"]["of"]), *tenths(shares, parts)]
+        for name, shares in found["as labelled"].items()
+    ]
+    usual = [
+        [f"as many as is usual: {whose}", str(found[name]["all"]["of"]), *tenths(found[name]["all"], parts)]
+        for name, whose in WHOSE.items()
+    ]
+    return table(("pictures", "of", *parts), *labelled, *usual)
+
+
+def tenths(shares: dict[str, float], names: Iterable[str]) -> list[str]:
+    return [f"{100 * shares[name]:.1f}%" for name in names]
+
+
+def whole(measured: dict) -> str:
+    rows = [
+        [whose, *(f"{percent(measured['anatomy'][name][style]['whole'])}" for style in WORDS["style"])]
+        for name, whose in WHOSE.items()
+    ]
+    return table(("as many of everything as is usual", *WORDS["style"]), *rows)
+
+
 def depth(measured: dict) -> str:
     found = measured["depth"]
     return table(
@@ -103,6 +138,8 @@ BLOCKS = {
     "adherence": adherence,
     "oracle": oracle,
     "styles": styles,
+    "anatomy": anatomy,
+    "whole": whole,
 }
 
 
