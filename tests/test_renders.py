@@ -39,6 +39,10 @@ def test_some_are_mirrored_with_their_parts(renders):
         assert maps[1].equal(maps[0].flip(2)) and not maps[1].equal(maps[0])
 
 
+def test_shrunk_parts_are_those_in_the_middle_of_the_shrunk_pixels(renders):
+    assert renders.shrunk_parts(16).equal(renders.parts(torch.arange(6))[:, 0, 2::4, 2::4])
+
+
 def test_they_are_mapped_not_read(renders):
     assert len(renders.files) == 2 and all(isinstance(file, np.memmap) for file in renders.files)
 
