@@ -1,5 +1,6 @@
 """What is bundled: every file named with its SHA-256 beside it, small enough, and able to draw."""
 
+import re
 import runpy
 
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 import torch
 
 import minisd
+from minisd.__main__ import app
 from minisd.config import CRITTERS_PIXELS
+from minisd.critters import Scene, render
+from minisd.critters.anatomy import anatomy as bodies
+from minisd.critters.camera import eyes as eyes_on_screen
 from minisd.denoiser import Denoiser
-from minisd.evaluate import load_oracle
+from minisd.evaluate import anatomy, load_oracle, load_segmenter
 from minisd.files import sha256
 from minisd.image import from_pil
 from minisd.samplers import ancestral
@@ -66,6 +71,42 @@ def test_the_distilled_model_draws_in_four_steps_what_the_prompt_says():
     info = drawn[0].info
     assert (info["steps"], info["sampler"], info["schedule"], info["guidance"]) == (4, "euler", "trailing", 1.0)
     assert [reading["fur"] for reading in oracle.read(from_pil(drawn))] == ["orange"] * 3 + ["black"] * 3
+
+
+def test_the_segmenter_counts_the_parts_of_fresh_renders_and_sees_what_is_one_too_many():
+    """Renders it has not seen: as they are, with an eye on the forehead, and with one that floats in the grass."""
+    segmenter, usual = load_segmenter()
+    kinds = (("cat", "gray", "sitting"), ("dog", "brown", "portrait"))
+    scenes = [Scene(*kind[:2], pose=kind[2], seed=seed) for seed in range(8) for kind in kinds]
+    images = render(scenes, 256).image
+    found = anatomy(segmenter, usual, scenes, images)
+    assert found["eyes"].right == found["heads"].right == 16 and found["whole"].right >= 15
+
+    def moved(image: torch.Tensor, eye: tuple[float, float], to: tuple[float, float], radius: float) -> None:
+        """Copy an eye to another place: coordinates in -1..1, v pointing up."""
+        reach = int(radius * 128)
+        rows, columns = ([int((1 + sign * at[i]) * 128) for at in (to, eye)] for i, sign in ((1, -1), (0, 1)))
+        here, there = (
+            image[:, y - reach : y + reach, x - reach : x + reach] for y, x in zip(rows, columns, strict=True)
+        )
+        from_middle = torch.arange(-reach, reach) + 0.5
+        disc = from_middle.square()[:, None] + from_middle.square() < reach**2
+        here[:, disc] = there[:, disc]
+
+    for place in ("forehead", "grass"):
+        more = images.clone()
+        for image, eyes, radius in zip(more, *eyes_on_screen(bodies(scenes)), strict=True):
+            forehead = (eyes.mean(0) + torch.tensor([0, 0.25])).tolist()
+            moved(image, eyes[0].tolist(), forehead if place == "forehead" else (-0.75, -0.75), radius.item())
+        assert anatomy(segmenter, usual, scenes, more)["eyes"].right <= 2, place
+
+
+def test_eval_says_how_many_words_and_parts_are_right(capsys):
+    app(["eval", "-n", "2", "--steps", "4"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "words that were read back:" and "parts that are there as often as in renders:" in lines
+    assert any(re.match(r"  species +\d of +2 ", line) for line in lines)
+    assert any(re.match(r"  whole +\d of +2 ", line) for line in lines)
 
 
 def test_the_pixel_model_draws_from_noise_if_its_clean_pictures_are_kept_in_range():

@@ -135,7 +135,7 @@ def test_recipes_in_a_row_are_the_same_in_two_processes(tmp_path, monkeypatch):
 def test_a_name_with_a_dot_is_kept_apart_by_recipe(tmp_path, monkeypatch):
     few(monkeypatch)
     shop = Workshop(tmp_path, torch.device("cpu"), 24, dataclasses.replace(PRESET, name="tiny-0.5"))
-    for name in ("vae", "decoder"):
+    for name in ("vae", "pixels"):
         recipe, run = recipes.RECIPES[name]
         assert len(list(recipe(shop, dataclasses.replace(run, **SHORT)))) == 2
         assert all((tmp_path / f"tiny-0.5-{name}.{kind}").exists() for kind in ("pt", "csv"))

@@ -6,9 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisd.critters import PARTS, Scene, camera, render
+from minisd.critters import PARTS, Scene, camera, render, segmenter
 from minisd.critters.anatomy import anatomy
-from minisd.critters.segmenter import COUNTED, Segmenter, Segments, count, group, pieces, segmentation_loss, usual
+from minisd.critters.segmenter import (
+    COUNTED,
+    Segmenter,
+    Segments,
+    count,
+    group,
+    patched,
+    pieces,
+    segmentation_loss,
+    usual,
+)
 
 INDEX = {name: i for i, name in enumerate(PARTS)}
 
@@ -90,7 +100,8 @@ def test_what_is_usual_leaves_out_one_in_a_hundred_at_either_end():
     assert table["dog, sitting, left"] == [*[(2, 2)] * 5, (1, 2)]
 
 
-def test_segments_are_mirrored_with_their_pictures():
+def test_segments_are_mirrored_with_their_pictures(monkeypatch):
+    monkeypatch.setattr(segmenter, "patched", lambda image, parts, generator: (image, parts))
     images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
     images[..., :40] = 255
     parts = torch.zeros(1, 128, 128, dtype=torch.uint8)
@@ -103,6 +114,23 @@ def test_segments_are_mirrored_with_their_pictures():
             list(range(40)) if on_the_left else list(range(88, 128))
         )
     assert batch["image"].abs().max() <= 1
+
+
+def test_half_of_the_segments_have_a_patch_of_their_neighbour_moved_with_its_parts():
+    number = torch.arange(60)[:, None, None] * 128**2 + torch.arange(128**2).view(128, 128)  # of every pixel of a batch
+    image, parts = patched(number[:, None].expand(-1, 3, -1, -1).float(), number, torch.Generator().manual_seed(0))
+    assert (image == parts[:, None]).all()
+    changed, sizes, moves = parts != number, [], []
+    for i in changed.flatten(1).any(1).nonzero()[:, 0].tolist():
+        rows, columns = changed[i].any(1).nonzero()[:, 0], changed[i].any(0).nonzero()[:, 0]
+        patch = parts[i, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert changed[i].sum() == patch.numel() and (patch // 128**2 == (i - 1) % 60).all()
+        place = patch % 128**2
+        assert place.equal(place[0, 0] + 128 * torch.arange(len(rows))[:, None] + torch.arange(len(columns)))
+        sizes += patch.shape
+        moves.append(int(place[0, 0]) - int(rows[0] * 128 + columns[0]))
+    assert 18 <= len(moves) <= 42 and sum(move == 0 for move in moves) < 3
+    assert 16 <= min(sizes) < 22 and 58 < max(sizes) <= 64
 
 
 def test_segmentation_loss_is_the_mean_surprise_at_every_pixel():
@@ -121,12 +149,12 @@ def test_the_segmenter_can_learn_a_picture():
     r = render(scenes, 128)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        segmenter = Segmenter(widths=(16, 32, 32), groups=4)
-    optimizer = torch.optim.Adam(segmenter.parameters(), 3e-3)
+        module = Segmenter(widths=(16, 32, 32), groups=4)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for _ in range(100):
-        loss = F.cross_entropy(segmenter(r.image), r.parts[:, 0])
+        loss = F.cross_entropy(module(r.image), r.parts[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = (segmenter.parts(r.image) == r.parts[:, 0]).float().mean()
+    right = (module.parts(r.image) == r.parts[:, 0]).float().mean()
     assert right > 0.9

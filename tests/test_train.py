@@ -225,6 +225,14 @@ def test_it_saves_by_the_clock(tmp_path, monkeypatch):
     assert kept == [0, 0, 0, 0, 0, 6, 6, 6, 9, 9, 9, 12]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, which a shell's job in the background does not get."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def presses(*steps, signals=(signal.SIGINT,)):
     """A loss that signals come during, at some steps."""
 
@@ -239,7 +247,7 @@ def presses(*steps, signals=(signal.SIGINT,)):
     return loss
 
 
-def test_ctrl_c_in_a_step_lets_it_finish_saves_and_stops(tmp_path):
+def test_ctrl_c_in_a_step_lets_it_finish_saves_and_stops(tmp_path, ctrl_c):
     whole = list(fit(network(), square_error, Line(), RUN))
     path, first = tmp_path / "run.pt", []
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +257,7 @@ def test_ctrl_c_in_a_step_lets_it_finish_saves_and_stops(tmp_path):
     assert list(fit(network(), square_error, Line(), RUN, path)) == whole[6:]
 
 
-def test_a_second_ctrl_c_is_not_held_back(tmp_path):
+def test_a_second_ctrl_c_is_not_held_back(tmp_path, ctrl_c):
     loss = presses(6, signals=(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         list(fit(network(), loss, Line(), RUN, tmp_path / "run.pt", every=4))
@@ -300,7 +308,7 @@ class Workers(Line):
         return super().batch(indices, generator) | {"by": torch.tensor([[os.getpid(), ignores]] * len(indices))}
 
 
-def test_batches_come_from_worker_processes_that_leave_ctrl_c_to_the_first():
+def test_batches_come_from_worker_processes_that_leave_ctrl_c_to_the_first(ctrl_c):
     by = {}
 
     def loss(module, batch):

@@ -83,7 +83,7 @@ UNET_RUN = TrainConfig(steps=12_000, batch_size=128, lr=1e-3, ema=0.999, bf16=Tr
 REFINE_RUN = TrainConfig(steps=4_000, batch_size=512, lr=1e-3, cooldown=0.7, ema=0.998, seed=8, bf16=True)
 ORACLE_RUN = TrainConfig(steps=1_500, batch_size=32, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02)
 SEGMENTER_RUN = TrainConfig(
-    steps=1_000, batch_size=24, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02, seed=9, bf16=True
+    steps=1_200, batch_size=24, lr=1e-3, warmup=100, cooldown=0.6, ema=0.998, weight_decay=0.02, seed=9, bf16=True
 )
 VARIANT_RUN = TrainConfig(steps=800, batch_size=64, lr=1e-3, warmup=100, cooldown=0.6, seed=3, bf16=True)
 ESTIMATOR_RUN = TrainConfig(steps=1_500, batch_size=16, lr=1e-3, warmup=100, cooldown=0.6, seed=7, bf16=True)
