@@ -170,8 +170,7 @@ def sets(bench: Bench) -> dict:
 def anatomy(bench: Bench) -> dict:
     """How often pictures show as many of each part as renders of their kind do, by style; and how well that is read."""
     segmenter, _ = bench.segmenter
-    truth = torch.cat([bench.fresh.parts(some)[:, 0, 2::4, 2::4] for some in torch.arange(len(bench.fresh)).split(80)])
-    true, read = count(truth), count(segmenter.parts(bench.pictures))
+    true, read = count(bench.fresh.shrunk_parts(SIZE)), count(segmenter.parts(bench.pictures))
     again = count(segmenter.parts(bench.rebuilt[0]))
     scenes = scenes_of("held-out", bench.options.prompts)
     models = {"drawn": (bench.sd, scenes), "distilled": (minisd.load("critters-512-distilled"), scenes)}
