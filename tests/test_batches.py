@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import tiny
 
 from minisd.config import CRITTERS_DEPTH
-from minisd.critters import PARTS, WORDS, Scene, captions, depths
+from minisd.critters import PARTS, WORDS, Scene, captions, depths, prompt
 from minisd.critters.anatomy import anatomy
 from minisd.critters.camera import eyes as eyes_on_screen
 from minisd.critters.oracle import UNSEEN, Examples, degraded, targets
@@ -99,7 +99,6 @@ def test_what_is_known_of_a_few_renders_does_not_stand_in_for_more(renders):
 def test_pictures_come_either_way_round_and_errors_in_their_eyes_count_eightfold(renders, eyes):
     batch = Pictures(renders, (4, 8, 8)).batch(VISITS, some())
     mirrored = sides(batch["image"], renders.pictures(VISITS))
-    assert batch["mirrored"].equal(mirrored)
     assert batch["weight"].equal(1 + 7 * turned(eyes[VISITS], mirrored))
     assert batch["noise"].shape == (200, 4, 8, 8) and normal(batch["noise"])
 
@@ -113,19 +112,17 @@ def test_decoders_see_squares_of_noisy_latents_and_of_drawn_ones(renders, eyes, 
     for draw in range(80):
         batch = data.batch(index, some(draw))
         assert batch["image"].shape == (1, 3, 24, 24)
-        places = [(mirrored, y, x) for mirrored in (0, 1) for y in range(6) for x in range(6)]
-        for mirrored, y, x in places:
-            picture = renders.pictures(index, torch.tensor([bool(mirrored)]))
+        for y, x in ((y, x) for y in range(6) for x in range(6)):
             rows, columns = slice(8 * y, 8 * y + 24), slice(8 * x, 8 * x + 24)
-            if picture[:, :, rows, columns].equal(batch["image"]):
-                error = batch["z"][0] - data.mean[index[0], mirrored, :, y : y + 3, x : x + 3]
+            if renders.pictures(index)[:, :, rows, columns].equal(batch["image"]):
+                error = batch["z"][0] - data.mean[index[0], :, y : y + 3, x : x + 3]
                 if error.min() > 50:
                     of_drawn += 1
-                    assert batch["z"][0].equal(drawn[index[0], mirrored, :, y : y + 3, x : x + 3].float())
+                    assert batch["z"][0].equal(drawn[index[0], :, y : y + 3, x : x + 3].float())
                 else:
                     off.append(error)
                 corners.add((y, x))
-                weight = 1 + 7 * turned(eyes[index], torch.tensor([bool(mirrored)]))[:, :, rows, columns]
+                weight = 1 + 7 * eyes[index].float()[:, :, rows, columns]
                 assert batch["weight"].equal(weight)
                 weighed += bool(weight.max() > 1)
     assert len(off) + of_drawn == 80 and 25 <= of_drawn <= 55 and len(corners) > 15 and weighed > 5
@@ -142,11 +139,11 @@ def test_decoders_see_a_latent_drawn_from_the_posterior_of_their_picture(renders
     (mean, deviation), data.level = (data.mean, data.deviation), 0
     data.deviation = torch.zeros_like(deviation)
     batch = data.batch(visits, some())
-    visited = visits, sides(batch["image"], renders.pictures(visits)).long()
+    assert batch["image"].equal(renders.pictures(visits))
     own = (batch["z"] != 100).flatten(1).all(1)
-    assert 150 < own.sum() < 250 and batch["z"][own].equal(mean[visited][own].float())
+    assert 150 < own.sum() < 250 and batch["z"][own].equal(mean[visits][own].float())
     data.mean, data.deviation = torch.zeros_like(mean), deviation
-    assert normal((data.batch(visits, some())["z"] / deviation[visited].float())[own], tolerance=0.03)
+    assert normal((data.batch(visits, some())["z"] / deviation[visits].float())[own], tolerance=0.03)
 
 
 class Blank(torch.nn.Module):
@@ -162,27 +159,24 @@ class Blank(torch.nn.Module):
         return (alpha_bar / (1 - alpha_bar)).sqrt() * x_t
 
 
-def test_latents_are_drawn_anew_from_some_noise_under_the_prompts_of_either_side(renders, monkeypatch):
+def test_latents_are_drawn_anew_from_some_noise_under_their_own_prompts(renders, monkeypatch):
     sd = tiny()
-    monkeypatch.setattr(renders, "scenes", [dataclasses.replace(scene, look="left") for scene in renders.scenes])
-    monkeypatch.setattr("minisd.train.data.prompt", lambda scene: scene.look)
     blank = Blank(sd.unet, sd.schedule)
     drawn = redrawn(renders, sd.vae, sd.tokenizer, sd.text, blank, sd.schedule, guidance=2.0)
     mean, _ = posteriors(renders, sd.vae)
     assert drawn.shape == mean.shape and drawn.abs().max() < 0.01  # it is the predictor's picture that counts
 
-    starts = [asked for before, asked in zip([(0.0,), *blank.asked], blank.asked, strict=False) if asked[0] > before[0]]
-    assert len(starts) == 2  # one for each side
-    for (t, x_t, context), side, look in zip(starts, (0, 1), ("left", "right"), strict=True):
-        sigma = sd.schedule.sigma(t).item()
-        assert 0.3 <= sigma <= 1.5
-        x0 = 0.5 * mean[:, side].float()  # 0.5 is the scaling
-        noise = (x_t * (1 + sigma**2) ** 0.5 - x0) / sigma
-        assert abs(noise.std() - 1) < 0.05 and abs(F.cosine_similarity(noise.flatten(), x0.flatten(), dim=0)) < 0.1
-        uncond, cond = context.chunk(2)
-        with torch.no_grad():
-            assert torch.allclose(cond, sd.text(sd.tokenizer([look] * 8)), atol=1e-5)
-            assert torch.allclose(uncond, sd.text(sd.tokenizer([""] * 8)), atol=1e-5)
+    t, x_t, context = blank.asked[0]
+    assert all(later[0] < t for later in blank.asked[1:])
+    sigma = sd.schedule.sigma(t).item()
+    assert 0.3 <= sigma <= 1.5
+    x0 = 0.5 * mean.float()  # 0.5 is the scaling
+    noise = (x_t * (1 + sigma**2) ** 0.5 - x0) / sigma
+    assert abs(noise.std() - 1) < 0.05 and abs(F.cosine_similarity(noise.flatten(), x0.flatten(), dim=0)) < 0.1
+    uncond, cond = context.chunk(2)
+    with torch.no_grad():
+        assert torch.allclose(cond, sd.text(sd.tokenizer([prompt(s) for s in renders.scenes])), atol=1e-5)
+        assert torch.allclose(uncond, sd.text(sd.tokenizer([""] * 8)), atol=1e-5)
 
 
 def test_latents_are_encoded_once_for_an_encoder(renders, monkeypatch):
@@ -192,25 +186,23 @@ def test_latents_are_encoded_once_for_an_encoder(renders, monkeypatch):
     with torch.no_grad():
         sd.vae.encoder.conv_in.weight.mul_(1.5)  # an encoder that no other test has
     first, again = posteriors(renders, sd.vae), posteriors(renders, sd.vae)
-    assert len(calls) == 2 and all(a.equal(b) for a, b in zip(first, again, strict=True))  # plain and mirrored
+    assert len(calls) == 1 and all(a.equal(b) for a, b in zip(first, again, strict=True))
     with torch.no_grad():
         sd.vae.decoder.conv_in.weight.add_(1)
     posteriors(renders, sd.vae)
-    assert len(calls) == 2  # the decoder has no say in it
+    assert len(calls) == 1  # the decoder has no say in it
     with torch.no_grad():
         sd.vae.encoder.conv_in.weight.mul_(1.5)
-    assert not posteriors(renders, sd.vae)[0].equal(first[0]) and len(calls) == 4
+    assert not posteriors(renders, sd.vae)[0].equal(first[0]) and len(calls) == 2
 
 
-def test_posteriors_are_those_of_each_picture_and_of_its_mirror_image(renders):
+def test_posteriors_are_those_of_each_picture(renders):
     sd = tiny()
     mean, deviation = posteriors(renders, sd.vae)
-    for side, image in enumerate((renders.pictures(ALL), renders.pictures(ALL).flip(3))):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            posterior = sd.vae.posterior(image)
-        assert torch.allclose(mean[:, side].float(), posterior.mean, atol=1e-6, rtol=1e-3)  # half precision
-        assert torch.allclose(deviation[:, side].float().square().log(), posterior.logvar, atol=2e-3)
-    assert (mean[:, 0] - mean[:, 1]).abs().max() > 0.05
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        posterior = sd.vae.posterior(renders.pictures(ALL))
+    assert torch.allclose(mean.float(), posterior.mean, atol=1e-6, rtol=1e-3)  # half precision
+    assert torch.allclose(deviation.float().square().log(), posterior.logvar, atol=2e-3)
 
 
 # What the noise predictor and its variants see
@@ -235,14 +227,13 @@ def seen(kind, renders, **zero):
 def test_v_and_the_noisy_latent_are_one_clean_latent_and_one_noise_at_the_time_that_is_told(renders):
     data, batch = seen(Latents, renders, deviation=0)
     x0, eps = unmixed(batch, data.schedule)
-    expected = 0.5 * data.mean[VISITS, batch["mirrored"].long()].float()  # tiny's scaling
+    expected = 0.5 * data.mean[VISITS].float()  # tiny's scaling
     assert (x0 - expected).abs().max() < 5e-6 * expected.abs().max()
     assert normal(eps)
-    assert 0.3 < batch["mirrored"].float().mean() < 0.7
 
     data, batch = seen(Latents, renders, mean=0)
     x0, eps = unmixed(batch, data.schedule)
-    drawn = x0 / (0.5 * data.deviation[VISITS, batch["mirrored"].long()].float())
+    drawn = x0 / (0.5 * data.deviation[VISITS].float())
     assert normal(drawn) and normal(eps)
     assert abs((drawn * eps).mean()) < 0.02  # two draws, not one
 
@@ -256,13 +247,11 @@ def test_times_are_spread_evenly_over_a_batch(renders):
     assert data.batch(ALL, some(1))["t"].tolist() != data.batch(ALL, some(2))["t"].tolist()
 
 
-def test_a_tenth_of_the_captions_is_dropped_and_the_others_are_of_the_scene_as_it_is_seen(renders, monkeypatch):
+def test_a_tenth_of_the_captions_is_dropped_and_the_others_are_of_the_scene(renders, monkeypatch):
     monkeypatch.setattr("minisd.train.data.caption", lambda scene, *_, **__: f"{scene.look} {scene.seed}")
-    monkeypatch.setattr(renders, "scenes", [dataclasses.replace(s, look="left") for s in renders.scenes])
     data, batch = seen(Latents, renders)
     batch = data.batch(ALL.repeat(50), some())
-    looks = [("left", "right")[side] for side in batch["mirrored"].long().tolist()]
-    texts = [f"{look} {renders.scenes[i].seed}" for look, i in zip(looks, ALL.repeat(50).tolist(), strict=True)]
+    texts = [f"{renders.scenes[i].look} {renders.scenes[i].seed}" for i in ALL.repeat(50).tolist()]
     dropped = (batch["ids"] == data.tokenizer("")).all(1)
     assert batch["ids"][~dropped].equal(data.tokenizer(texts)[~dropped])
     assert dropped.float().mean() == pytest.approx(0.1, abs=0.05)  # 3.3 standard errors of 400 draws
@@ -279,10 +268,10 @@ def test_half_of_the_captions_leave_nothing_out_and_plain_coats_may_be_named(ren
     assert set(left_out.round(6)) == {0, 0.15} and 0.4 < (left_out == 0).mean() < 0.6  # four deviations of 400 coins
 
 
-def test_cells_count_by_their_share_of_eyes_as_they_are_seen(renders, eyes):
+def test_cells_count_by_their_share_of_eyes(renders, eyes):
     _, batch = seen(Latents, renders)
     share = eyes.numpy().reshape(8, 1, 8, 8, 8, 8).mean((3, 5))
-    expected = turned(1 + 7 * torch.from_numpy(share)[VISITS], batch["mirrored"])
+    expected = 1 + 7 * torch.from_numpy(share)[VISITS]
     assert torch.allclose(batch["weight"], expected, atol=1e-6) and 1.1 < expected.max() < 8
 
 
@@ -312,16 +301,13 @@ def test_holes_are_of_many_sizes_and_a_quarter_of_them_is_everything():
 def test_what_is_shown_beside_a_hole_is_the_rest_of_the_same_picture(renders):
     data, batch = seen(Holes, renders)
     assert batch["x_t"].shape == (200, 4 + 1 + 4, 8, 8)
-    generator, images, vae = some(), renders.pictures(ALL), tiny().vae
-    for mirrored, image in enumerate((images, images.flip(3))):
-        white = holes(8, 64, generator)
-        with torch.no_grad():
-            rest = vae.encode(image.where(white == 0, 0))
-        here = batch["mirrored"] == mirrored
-        cells, beside = batch["x_t"][here, 4:5], batch["x_t"][here, 5:]
-        assert cells.equal(white[:, :, ::8, ::8][VISITS[here]])
-        assert torch.allclose(beside, rest[VISITS[here]], atol=2e-3, rtol=1e-3)  # kept in half precision
-        assert (data.shown[:, mirrored, 1:].std(0) > 0).all()
+    white = holes(8, 64, some())
+    with torch.no_grad():
+        rest = tiny().vae.encode(renders.pictures(ALL).where(white == 0, 0))
+    cells, beside = batch["x_t"][:, 4:5], batch["x_t"][:, 5:]
+    assert cells.equal(white[:, :, ::8, ::8][VISITS])
+    assert torch.allclose(beside, rest[VISITS], atol=2e-3, rtol=1e-3)  # kept in half precision
+    assert (data.shown[:, 1:].std(0) > 0).all()
 
 
 def test_an_upscaler_is_shown_the_picture_in_a_pixel_a_cell_with_a_little_noise(renders):
@@ -329,8 +315,7 @@ def test_an_upscaler_is_shown_the_picture_in_a_pixel_a_cell_with_a_little_noise(
     data = Shrunk(renders, sd.vae, sd.tokenizer, sd.schedule)
     batch = data.batch(VISITS, some())
     assert batch["x_t"].shape == (200, 7, 8, 8)
-    small = turned(renders.pictures(VISITS, size=8), batch["mirrored"])
-    off = batch["x_t"][:, 4:] - small
+    off = batch["x_t"][:, 4:] - renders.pictures(VISITS, size=8)
     most = sd.schedule.sigma(Shrunk.NOISE).item()
     levels = off.flatten(1).std(1)
     assert levels.min() < 0.25 * most and 0.7 * most < levels.max() < 1.3 * most
@@ -341,23 +326,21 @@ def test_an_upscaler_is_shown_the_picture_in_a_pixel_a_cell_with_a_little_noise(
     )
 
 
-def test_edges_are_those_of_the_picture_as_it_is_seen(renders):
+def test_edges_are_those_of_the_picture(renders):
     _, batch = seen(Edges, renders)
-    image = turned(renders.pictures(VISITS), batch["mirrored"])
-    assert batch["picture"].equal(edges(image)) and batch["picture"].mean() > 0.005
+    assert batch["picture"].equal(edges(renders.pictures(VISITS))) and batch["picture"].mean() > 0.005
 
 
 def test_depths_belong_to_their_pictures(renders):
     _, batch = seen(Depths, renders)
     near = 1 / depths(renders.scenes, CRITTERS_DEPTH.size)
-    expected = depth_channel(turned(near[VISITS], batch["mirrored"]), (8, 8))
+    expected = depth_channel(near[VISITS], (8, 8))
     assert batch["x_t"].shape[1] == 5 and (batch["x_t"][:, 4:] - expected).abs().max() < 0.02  # kept in half precision
 
 
-def test_labels_are_those_of_the_scene_as_it_is_seen(renders):
+def test_labels_are_those_of_the_scene(renders):
     _, batch = seen(Labelled, renders)
-    pairs = zip(VISITS.tolist(), batch["mirrored"].tolist(), strict=True)
-    index = targets([renders.scenes[i].mirrored() if mirrored else renders.scenes[i] for i, mirrored in pairs])
+    index = targets([renders.scenes[i] for i in VISITS.tolist()])
     assert all(batch[name].equal(index[name]) for name in WORDS)
     assert any((index[name] == UNSEEN).any() for name in WORDS) and len(index["look"].unique()) > 1
 

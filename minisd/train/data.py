@@ -22,7 +22,7 @@ from ..clip import TextTower
 from ..config import CRITTERS_DEPTH
 from ..critters import PARTS, Scene, caption, depths, prompt, render
 from ..critters.captions import near_misses
-from ..critters.oracle import MIRRORED_LOOK, targets
+from ..critters.oracle import targets
 from ..denoiser import Denoiser
 from ..depth import depth_channel
 from ..files import replacing
@@ -183,29 +183,31 @@ class Pictures:
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         mirrored = torch.rand(len(indices), generator=generator) < 0.5
         return {
-            "mirrored": mirrored,
             "image": self.renders.pictures(indices, mirrored),
-            "weight": 1 + (EYE_WEIGHT - 1) * (self.renders.parts(indices, mirrored) == EYES).float(),
+            "weight": eye_weight(self.renders.parts(indices, mirrored) == EYES),
             "noise": torch.randn(len(indices), *self.latent, generator=generator),
         }
 
 
-def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n 2 z h w"], Float[Tensor, "n 2 z h w"]]:
-    """Means and deviations of the unscaled latents of all renders, each as it is and mirrored."""
+def eye_weight(eyes: Bool[Tensor, "b 1 h w"] | Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """How much errors count, by the share that is eyes: 1 without, `EYE_WEIGHT` where there is nothing else."""
+    return 1 + (EYE_WEIGHT - 1) * eyes.float()
+
+
+def posteriors(renders: Renders, vae: VAE) -> tuple[Float[Tensor, "n z h w"], Float[Tensor, "n z h w"]]:
+    """Means and deviations of the unscaled latents of all renders."""
     device = next(vae.parameters()).device
 
     @torch.no_grad()
     def make(indices: Tensor) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {"mean": [], "deviation": []}
         with torch.autocast(device.type, torch.bfloat16):  # as the autoencoder was trained
-            for some in indices.split(8):  # a small batch stays in the cache
-                image = renders.pictures(some, device=device)
-                both = [vae.posterior(side) for side in (image, image.flip(3))]
-                found["mean"].append(torch.stack([p.mean for p in both], dim=1))
-                found["deviation"].append(torch.stack([(p.logvar / 2).exp() for p in both], dim=1))
-        return {name: torch.cat(parts) for name, parts in found.items()}
+            found = [vae.posterior(renders.pictures(some, device=device)) for some in indices.split(8)]  # fit the cache
+        return {
+            "mean": torch.cat([p.mean for p in found]),
+            "deviation": torch.cat([(p.logvar / 2).exp() for p in found]),
+        }
 
-    latents = renders.known(f"latents-{renders.size}-{name_of(vae.encoder, vae.quant)}", make)
+    latents = renders.known(f"posteriors-{renders.size}-{name_of(vae.encoder, vae.quant)}", make)
     return latents["mean"], latents["deviation"]
 
 
@@ -223,9 +225,9 @@ def redrawn(
     unet: UNet,
     schedule: NoiseSchedule,
     guidance: float,
-) -> Float[Tensor, "n 2 z h w"]:
-    """The unscaled latents of all renders, each as it is and mirrored, as the noise predictor draws them: with so much
-    noise that it must draw anew what is fine, and may keep what is coarse, under their own prompts.
+) -> Float[Tensor, "n z h w"]:
+    """The unscaled latents of all renders as the noise predictor draws them: with so much noise that it must draw anew
+    what is fine, and may keep what is coarse, under their own prompts.
     """
     mean, _ = posteriors(renders, vae)
     levels = plan(schedule, REDRAWN_STEPS, "karras").sigmas.float()
@@ -243,12 +245,9 @@ def redrawn(
         return x / vae.config.scaling
 
     def make(indices: Tensor) -> dict[str, Tensor]:
-        generator, found = torch.Generator().manual_seed(int(indices[0])), []
-        for some in indices.split(8):
-            scenes = [renders.scenes[i] for i in some]
-            both = scenes, [scene.mirrored() for scene in scenes]
-            found.append(torch.stack([draw(mean[some, side], both[side], generator) for side in (0, 1)], dim=1))
-        return {"z": torch.cat(found)}
+        generator = torch.Generator().manual_seed(int(indices[0]))
+        some = indices.split(8)
+        return {"z": torch.cat([draw(mean[i], [renders.scenes[k] for k in i.tolist()], generator) for i in some])}
 
     return renders.known(f"redrawn-{renders.size}-{name_of(unet, text, vae.encoder, vae.quant)}", make)["z"]
 
@@ -264,21 +263,24 @@ class Decodings:
     SIDE = 32  # of the square, in cells
     NOISE = 0.2  # at most, in deviations of the latents
 
-    def __init__(self, renders: Renders, vae: VAE, drawn: Float[Tensor, "n 2 z h w"]):
-        self.factor, self.level, self.drawn = vae.config.factor, self.NOISE / vae.config.scaling, drawn
+    def __init__(self, renders: Renders, vae: VAE, drawn: Float[Tensor, "n z h w"]):
+        self.renders, self.drawn = renders, drawn
+        self.factor, self.level = vae.config.factor, self.NOISE / vae.config.scaling
         self.mean, self.deviation = posteriors(renders, vae)
-        self.pictures = Pictures(renders, self.mean.shape[2:])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.renders)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        batch, count = self.pictures.batch(indices, generator), len(indices)
-        seen = indices, batch["mirrored"].long()
-        z = self.mean[seen] + self.deviation[seen] * batch["noise"]
+        count, shape = len(indices), self.mean.shape[1:]
+        z = self.mean[indices] + self.deviation[indices] * torch.randn(count, *shape, generator=generator)
         level = self.level * torch.rand(count, 1, 1, 1, generator=generator)
-        z = z + level * torch.randn(z.shape, generator=generator)
-        z = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, self.drawn[seen].float(), z)
+        z = z + level * torch.randn(count, *shape, generator=generator)
+        z = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, self.drawn[indices].float(), z)
+        pixels = {
+            "image": self.renders.pictures(indices),
+            "weight": eye_weight(self.renders.parts(indices) == EYES),
+        }
         side = min(self.SIDE, z.shape[-1])
         corners = torch.randint(z.shape[-1] - side + 1, (count, 2), generator=generator).tolist()
 
@@ -286,7 +288,7 @@ class Decodings:
             places = [(slice(cell * y, cell * (y + side)), slice(cell * x, cell * (x + side))) for y, x in corners]
             return torch.stack([one[:, rows, columns] for one, (rows, columns) in zip(maps, places, strict=True)])
 
-        return {"z": squares(z, 1), **{name: squares(batch[name], self.factor) for name in ("image", "weight")}}
+        return {"z": squares(z, 1), **{name: squares(maps, self.factor) for name, maps in pixels.items()}}
 
 
 class Distances:
@@ -334,6 +336,9 @@ class Latents:
     classifier-free guidance possible (Ho & Salimans 2022, algorithm 1). Half of the others name everything, as a
     prompt does that knows what it wants; the rest leave out what they like. A cell weighs what its pixels weigh to the
     autoencoder, more in the eyes: the best prediction stays the same, its errors are mended in another order.
+
+    No picture is mirrored. Here a tail lies on the right; a network that also saw mirror images would have to choose a
+    side for each animal, and while it can't yet, it draws a tail on both.
     """
 
     DROPPED, WHOLE = 0.1, 0.5  # shares of the captions: left empty; of the others, those that leave nothing out
@@ -342,8 +347,7 @@ class Latents:
         self.renders, self.tokenizer, self.schedule = renders, tokenizer, schedule
         self.scaling = vae.config.scaling
         self.mean, self.deviation = posteriors(renders, vae)
-        eyes = renders.eye_shares(vae.config.factor)
-        self.weight = 1 + (EYE_WEIGHT - 1) * torch.stack([eyes, eyes.flip(3)], dim=1)  # as they are, and mirrored
+        self.weight = eye_weight(renders.eye_shares(vae.config.factor))
 
     def __len__(self) -> int:
         return len(self.renders)
@@ -358,23 +362,21 @@ class Latents:
         return (spread % 1 * len(self.schedule.betas)).long()
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        count, shape = len(indices), self.mean.shape[2:]
+        count, shape = len(indices), self.mean.shape[1:]
+        scenes = [self.renders.scenes[i] for i in indices.tolist()]
         keep = torch.rand(count, generator=generator) >= self.DROPPED
-        mirrored, scenes = self.renders.mirror_some(indices, generator)
         leave_out = 0.15 * (torch.rand(count, generator=generator) >= self.WHOLE)
         captions = [caption(s, generator, p, plain=True) for s, p in zip(scenes, leave_out.tolist(), strict=True)]
         ids = self.tokenizer([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
 
         noise = torch.randn(count, *shape, generator=generator)
-        seen = indices, mirrored.long()
-        x0 = self.scaling * (self.mean[seen] + self.deviation[seen] * noise)
+        x0 = self.scaling * (self.mean[indices] + self.deviation[indices] * noise)
         t = self.times(count, generator)
         eps = torch.randn(count, *shape, generator=generator)
         return {
-            "mirrored": mirrored,
             "x_t": self.schedule.add_noise(x0, t, eps),
             "target": self.schedule.add_noise(eps, t, -x0),  # v: the same mix, a quarter turn on
-            "weight": self.weight[seen],
+            "weight": self.weight[indices],
             "t": t.float(),
             "ids": ids,
         }
@@ -383,7 +385,7 @@ class Latents:
 class Holes(Latents):
     """What a noise predictor sees that fills holes: beside the latent, which cells are to be redrawn, and the rest's.
 
-    Each render and each mirrored one has a hole of its own, and what is left of it is encoded once.
+    Each render has a hole of its own, and what is left of it is encoded once.
     """
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
@@ -396,18 +398,15 @@ class Holes(Latents):
 
         @torch.no_grad()
         def make(indices: Tensor) -> dict[str, Tensor]:
-            generator, found = torch.Generator().manual_seed(int(indices[0])), []
-            for some in indices.split(8):
-                image = renders.pictures(some, device=device)
-                found.append(torch.stack([shown(image, generator), shown(image.flip(3), generator)], dim=1))
-            return {"shown": torch.cat(found)}
+            generator = torch.Generator().manual_seed(int(indices[0]))
+            some = indices.split(8)
+            return {"shown": torch.cat([shown(renders.pictures(i, device=device), generator) for i in some])}
 
         self.shown = renders.known(f"holes-{renders.size}-{name_of(vae.encoder, vae.quant)}", make)["shown"]
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        shown = self.shown[indices, batch["mirrored"].long()]
-        return batch | {"x_t": torch.cat([batch["x_t"], shown], dim=1)}
+        return batch | {"x_t": torch.cat([batch["x_t"], self.shown[indices]], dim=1)}
 
 
 def holes(count: int, size: int, generator: torch.Generator, whole: float = 0.25) -> Float[Tensor, "b 1 h w"]:
@@ -434,13 +433,11 @@ class Depths(Latents):
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         super().__init__(renders, vae, tokenizer, schedule)
-        near = depth_channel(renders.disparities(CRITTERS_DEPTH.size), tuple(self.mean.shape[-2:]))
-        self.near = torch.stack([near, near.flip(3)], dim=1)
+        self.near = depth_channel(renders.disparities(CRITTERS_DEPTH.size), tuple(self.mean.shape[-2:]))
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        near = self.near[indices, batch["mirrored"].long()]
-        return batch | {"x_t": torch.cat([batch["x_t"], near], dim=1)}
+        return batch | {"x_t": torch.cat([batch["x_t"], self.near[indices]], dim=1)}
 
 
 class Shrunk(Latents):
@@ -457,7 +454,7 @@ class Shrunk(Latents):
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        small = _mirrored(self.small[indices], batch["mirrored"]).float() / 127.5 - 1
+        small = self.small[indices].float() / 127.5 - 1
         level = torch.randint(self.NOISE + 1, (len(indices),), generator=generator)
         noised = self.schedule.add_noise(small, level, torch.randn(small.shape, generator=generator))
         return batch | {"x_t": torch.cat([batch["x_t"], noised], dim=1)}
@@ -468,7 +465,7 @@ class Edges(Latents):
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
-        return batch | {"picture": edges(self.renders.pictures(indices, batch["mirrored"]))}
+        return batch | {"picture": edges(self.renders.pictures(indices))}
 
 
 class Labelled(Latents):
@@ -479,10 +476,7 @@ class Labelled(Latents):
         self.targets = targets(renders.scenes)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        batch = super().batch(indices, generator)
-        labels = {name: index[indices] for name, index in self.targets.items()}
-        labels["look"] = torch.where(batch["mirrored"], MIRRORED_LOOK[labels["look"]], labels["look"])
-        return batch | labels
+        return super().batch(indices, generator) | {name: index[indices] for name, index in self.targets.items()}
 
 
 class Stages(Latents):
