@@ -7,8 +7,8 @@
 
 from . import image, samplers, schedule
 from .config import ModelConfig
-from .files import CheckpointError
 from .pipeline import StableDiffusion, load
+from .weights import CheckpointError
 
 __all__ = ["CheckpointError", "ModelConfig", "StableDiffusion", "image", "load", "samplers", "schedule"]
 __version__ = "0.1.0"

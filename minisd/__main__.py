@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import checks, samplers
-from . import download as downloads
 from . import image as images
+from .weights import download as downloads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -192,8 +192,8 @@ def train(
     When the model is whole: refine; its variants inpaint, depth, estimator, upscale, distilled; control,
     classifier. Alone: oracle, segmenter, pixels.
     """
+    from .critters.stages import carry_out, stages
     from .train.loop import start_processes
-    from .train.stages import carry_out, stages
 
     settings = {
         "steps": steps, "minutes": minutes, "batch_size": batch, "lr": lr, "cooldown": cooldown, "ema": ema,
@@ -247,7 +247,7 @@ def info(
 ) -> None:
     """Show a picture's settings, or what weights hold."""
     if file.is_dir() or file.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        from .checkpoints import describe
+        from .weights import describe
 
         for line in describe(file, keys):
             typer.echo(_printable(line))

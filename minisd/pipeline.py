@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from . import checks, samplers
 from . import image as images
-from .checkpoints import is_published, read_parts, write_folder, write_single
 from .clip import TextTower
 from .config import ModelConfig
 from .denoiser import Denoiser
@@ -29,7 +28,7 @@ from .schedule import NoiseSchedule, from_config
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
-from .weights import resolve
+from .weights import is_published, read_parts, resolve, write_folder, write_single
 
 MAX_NOISE_LEVEL = 350  # of the upscaler's training
 WAYS = {  # by the number of input channels: what a model is for

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import BitConfig, CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
 
-from minisd.keymaps import Layout, places
+from minisd.weights.naming import Layout, places
 
 ATTENTION = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".out.": ".to_out.0."}
 RESIDUAL = {".time.": ".time_emb_proj.", ".shortcut.": ".conv_shortcut."}

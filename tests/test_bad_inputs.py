@@ -315,7 +315,7 @@ USAGE = [
     "arguments, message", USAGE, ids=[" ".join(a).encode("ascii", "replace").decode() for a, _ in USAGE]
 )
 def test_bad_commands_end_with_one_line_and_status_2(minisd_command, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("minisd.train.workshop.Workshop", lambda *_: pytest.fail("the training was begun"))
+    monkeypatch.setattr("minisd.critters.workshop.Workshop", lambda *_: pytest.fail("the training was begun"))
     (tmp_path / "text.png").write_text("a cat")
     (tmp_path / "text.safetensors").write_text("a cat")
     (tmp_path / "folder.png").mkdir()

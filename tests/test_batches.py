@@ -13,11 +13,7 @@ from minisd.config import CRITTERS_DEPTH
 from minisd.critters import PARTS, WORDS, Scene, captions, depths, prompt
 from minisd.critters.anatomy import anatomy
 from minisd.critters.camera import eyes as eyes_on_screen
-from minisd.critters.oracle import UNSEEN, Examples, degraded, targets
-from minisd.depth import depth_channel
-from minisd.image import edges
-from minisd.schedule import plan
-from minisd.train.data import (
+from minisd.critters.data import (
     NEAR_MISSES,
     Captioned,
     Decodings,
@@ -36,6 +32,11 @@ from minisd.train.data import (
     posteriors,
     redrawn,
 )
+from minisd.critters.oracle import Examples, degraded, targets
+from minisd.depth import depth_channel
+from minisd.image import edges
+from minisd.schedule import plan
+from minisd.train.losses import UNSEEN
 
 ALL = torch.arange(8)
 VISITS = ALL.repeat(25)  # of eight renders
@@ -44,7 +45,7 @@ VISITS = ALL.repeat(25)  # of eight renders
 @pytest.fixture(scope="module")
 def renders(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minisd.train.data.CHUNK", 10)  # so many are rendered for a file, not eighty
+        patch.setattr("minisd.critters.data.CHUNK", 10)  # so many are rendered for a file, not eighty
         yield Renders(tmp_path_factory.mktemp("renders"), 8, 64)
 
 
@@ -248,7 +249,7 @@ def test_times_are_spread_evenly_over_a_batch(renders):
 
 
 def test_a_tenth_of_the_captions_is_dropped_and_the_others_are_of_the_scene(renders, monkeypatch):
-    monkeypatch.setattr("minisd.train.data.caption", lambda scene, *_, **__: f"{scene.look} {scene.seed}")
+    monkeypatch.setattr("minisd.critters.data.caption", lambda scene, *_, **__: f"{scene.look} {scene.seed}")
     data, batch = seen(Latents, renders)
     batch = data.batch(ALL.repeat(50), some())
     texts = [f"{renders.scenes[i].look} {renders.scenes[i].seed}" for i in ALL.repeat(50).tolist()]
@@ -259,7 +260,7 @@ def test_a_tenth_of_the_captions_is_dropped_and_the_others_are_of_the_scene(rend
 
 def test_half_of_the_captions_leave_nothing_out_and_plain_coats_may_be_named(renders, monkeypatch):
     asked = []
-    monkeypatch.setattr("minisd.train.data.caption", lambda *told, **how: asked.append((told[2], how)) or "a cat")
+    monkeypatch.setattr("minisd.critters.data.caption", lambda *told, **how: asked.append((told[2], how)) or "a cat")
     data, _ = seen(Latents, renders)
     asked.clear()
     data.batch(ALL.repeat(50), some())
@@ -384,7 +385,7 @@ def test_captions_and_near_misses_come_with_the_picture_they_tell_of_the_true_on
     sd = tiny()
     monkeypatch.setattr(renders, "scenes", [dataclasses.replace(s, look="left") for s in renders.scenes])
     monkeypatch.setattr(
-        "minisd.train.data.near_misses",
+        "minisd.critters.data.near_misses",
         lambda scene, _, count: [f"{scene.look} {scene.seed}", *("no" * n for n in range(count))],
     )
     batch = Captioned(renders, sd.tokenizer, 32).batch(VISITS, some())

@@ -13,14 +13,13 @@ from peers import randomise
 
 import minisd
 from minisd import __main__ as command_line
-from minisd import checkpoints, samplers, schedule, weights
-from minisd.checkpoints import open_checkpoint, read_parts, read_vae, write_folder, write_single
+from minisd import samplers, schedule, weights
 from minisd.config import DepthConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from minisd.files import CheckpointError, read_tensors, save_tensors
-from minisd.keymaps import EMA, PREFIXES
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
-from minisd.weights import empty_parts
+from minisd.weights import CheckpointError, checkpoints, empty_parts, read_tensors, save_tensors
+from minisd.weights.checkpoints import open_checkpoint, read_parts, read_vae, write_folder, write_single
+from minisd.weights.naming import EMA, PREFIXES
 
 UNET = UNetConfig(widths=(16, 32), blocks=1, attention=(True, False), heads=2, context_dim=16, groups=4)
 UNET2 = replace(UNET, heads=None, head_dim=8, context_dim=24)

@@ -10,8 +10,8 @@ from tiny import CONFIG, tiny
 from minisd.adapters import controlnet
 from minisd.adapters.controlnet import Controlled, ControlNet
 from minisd.config import CRITTERS_512, SD1, UNetConfig
-from minisd.files import CheckpointError, save_tensors
 from minisd.unet import UNet
+from minisd.weights import CheckpointError, save_tensors
 
 WIDTHS = (4, 6, 8, 8)  # of the hint's encoder
 V1 = UNetConfig(widths=(32, 64, 64), attention=(True, True, False), heads=4, context_dim=24, groups=8)

@@ -13,7 +13,7 @@ from peers import depth_names, depth_peer
 
 from minisd.config import DepthConfig
 from minisd.depth import DPT, depth_channel, network_size
-from minisd.keymaps import unused
+from minisd.weights.naming import unused
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "depth.json").read_text(encoding="utf-8"))
 TINY = DepthConfig(

@@ -16,9 +16,9 @@ from tiny import tiny
 
 import minisd
 from minisd import __main__ as command_line
-from minisd import download as downloads
-from minisd.download import MODELS, Published, download
-from minisd.files import CheckpointError
+from minisd.weights import CheckpointError
+from minisd.weights import download as downloads
+from minisd.weights.download import MODELS, Published, download
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 PUBLISHER, MIRROR, FILE = "publisher/model", "mirror/model", "tiny.safetensors"

@@ -22,13 +22,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minisd.files import (
+from minisd.files import replacing
+from minisd.weights.tensors import (
     CheckpointError,
     load_strictly,
     read_metadata,
     read_pickle,
     read_tensors,
-    replacing,
     save_tensors,
 )
 

@@ -10,8 +10,8 @@ from tiny import CONFIG, tiny
 
 import minisd
 from minisd.adapters import lora
-from minisd.files import CheckpointError, read_tensors, save_tensors
-from minisd.weights import save_module, write_config
+from minisd.weights import CheckpointError, read_tensors, save_module, save_tensors, write_config
+from minisd.weights.native import merged
 
 RANK = 3
 X, T, CONTEXT = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 16)
@@ -52,15 +52,15 @@ def test_only_the_changes_learn_and_they_are_of_their_rank():
         optimizer.zero_grad()
         unet(X, T, CONTEXT).square().mean().backward()
         optimizer.step()
-    merged = lora.merged(weights, lora.changes(unet))
-    assert merged.keys() == weights.keys()
+    whole = merged(weights, lora.changes(unet))
+    assert whole.keys() == weights.keys()
     for name, weight in weights.items():
         if weight.ndim > 1 and name.endswith("weight"):
-            change = (merged[name] - weight).flatten(1)
+            change = (whole[name] - weight).flatten(1)
             assert change.abs().max() > 0 or "cross" in name, name  # not all of them are asked for by this loss
             assert torch.linalg.matrix_rank(change, atol=1e-6) <= RANK, name  # above rounding
         else:
-            assert merged[name].equal(weight), name
+            assert whole[name].equal(weight), name
 
 
 def test_a_variant_reads_its_base_and_its_changes(folder):

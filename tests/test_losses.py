@@ -14,9 +14,10 @@ from minisd.adapters.controlnet import Controlled, ControlNet
 from minisd.classifier import NoisyClassifier
 from minisd.config import UNetConfig
 from minisd.critters import WORDS
-from minisd.critters.oracle import UNSEEN, misreadings, oracle_loss
+from minisd.critters.oracle import oracle_loss
 from minisd.schedule import plan, scaled_linear
 from minisd.train.losses import (
+    UNSEEN,
     Predictor,
     classifier_loss,
     clip_loss,
@@ -25,6 +26,7 @@ from minisd.train.losses import (
     depth_loss,
     diffusion_loss,
     distillation_loss,
+    misreadings,
     noise_loss,
     reconstruction_loss,
     unexplained,

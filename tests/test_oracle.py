@@ -7,9 +7,9 @@ import torch
 
 from minisd.critters import WORDS, Scene, camera, render
 from minisd.critters.anatomy import anatomy
-from minisd.critters.oracle import REACH, UNSEEN, Examples, Oracle, accuracy, degraded, oracle_loss, shown, targets
-from minisd.files import load_strictly, read_tensors
-from minisd.weights import assets
+from minisd.critters.oracle import REACH, Examples, Oracle, accuracy, degraded, oracle_loss, shown, targets
+from minisd.train.losses import UNSEEN
+from minisd.weights import assets, load_strictly, read_tensors
 
 WEIGHTS = assets() / "models" / "oracle.safetensors"
 

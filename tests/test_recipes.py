@@ -20,13 +20,14 @@ import minisd
 from minisd.__main__ import app
 from minisd.adapters import controlnet
 from minisd.config import CRITTERS_HINT
-from minisd.files import read_tensors
-from minisd.train import TrainConfig, loop, losses, recipes, stages
-from minisd.train.data import (
+from minisd.critters import recipes, stages
+from minisd.critters.data import (
     Renders,
 )
-from minisd.train.workshop import Workshop
+from minisd.critters.workshop import Workshop
+from minisd.train import TrainConfig, loop, losses
 from minisd.vae import VAE
+from minisd.weights import read_tensors
 
 SHORT = {"steps": 2, "batch_size": 4, "bf16": False}
 PRESET = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocabulary=560, projection=128))
@@ -35,7 +36,7 @@ PRESET = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab
 def few(monkeypatch):
     """Few captions for the tokenizer, and few renders a file."""
     monkeypatch.setattr(recipes, "CAPTIONS", 200)
-    monkeypatch.setattr("minisd.train.data.CHUNK", 24)
+    monkeypatch.setattr("minisd.critters.data.CHUNK", 24)
 
 
 def test_recipes_make_a_model_that_draws(tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ import sys, time
 from pathlib import Path
 import pytest, torch
 from test_recipes import few, in_a_row, losses
-from minisd.train import workshop
+from minisd.critters import workshop
 from minisd.train.loop import share, start_processes
 
 start_processes()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from minisd.critters import render
-from minisd.train import data
-from minisd.train.data import Renders
+from minisd.critters import data, render
+from minisd.critters.data import Renders
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minisd.files import CheckpointError, replacing
+from minisd.files import replacing
 from minisd.train import TrainConfig, fit
 from minisd.train.loop import batch_indices, learning_rate, step_generator
+from minisd.weights import CheckpointError
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))), "OMP_NUM_THREADS": "1"}

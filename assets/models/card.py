@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minisd.critters import WORDS
-from minisd.files import read_tensors, sha256
+from minisd.files import sha256
+from minisd.weights import read_tensors
 
 HERE = Path(__file__).parent
 WHAT = {

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisd.config import CRITTERS_512, ModelConfig
+from minisd.critters.stages import carry_out, read_stages
 from minisd.train.loop import start_processes
-from minisd.train.stages import carry_out, read_stages
 
 RUN = Path(__file__).parent / "run.toml"
 

@@ -26,11 +26,11 @@ from minisd import evaluate, samplers
 from minisd.clip import ImageTower
 from minisd.config import CRITTERS_IMAGE_TOWER
 from minisd.critters import WORDS, Scene, prompt
+from minisd.critters.data import EYES, Distances, Renders
 from minisd.critters.oracle import SIZE, Oracle, accuracy, as_seen, shown
 from minisd.critters.segmenter import COUNTED, Segmenter, count
 from minisd.evaluate import diversity, draw_scenes, frechet_distance, load_oracle, load_segmenter, measure, psnr
 from minisd.image import from_pil, to_pil
-from minisd.train.data import EYES, Distances, Renders
 from minisd.weights import read_module, resolve
 
 SETTINGS = [  # split, guidance, steps

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import UNetConfig
-from ..files import load_strictly, read_tensors
 from ..unet import UNet, WayDown
+from ..weights import load_strictly, read_tensors
+from ..weights.native import merged
 from . import lora
 
 WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as published for Stable Diffusion
@@ -110,5 +111,5 @@ def differences(control: ControlNet) -> dict[str, Tensor]:
 def read(path: Path, unet: UNet, widths: Sequence[int] = WIDTHS) -> ControlNet:
     """The ControlNet whose differences from a U-Net a file keeps. Raises CheckpointError where they don't fit."""
     control = ControlNet(unet.config, widths).to(unet.conv_in.weight)
-    load_strictly(control, lora.merged(copied(unet, control), read_tensors(path)), str(path))
+    load_strictly(control, merged(copied(unet, control), read_tensors(path)), str(path))
     return control.eval().requires_grad_(False)

@@ -6,16 +6,13 @@ A change is the product of two thin matrices, `W + up @ down`: few numbers, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..files import CheckpointError
-
-UP, DOWN = ".lora_up", ".lora_down"  # how the two are named in a file, behind their layer's name
+from ..weights.native import DOWN, UP
 
 
 class LowRank(nn.Module):
@@ -50,21 +47,3 @@ def changes(module: nn.Module) -> dict[str, Tensor]:
             low_rank = layer.parametrizations.weight[0]
             found |= {name + UP: low_rank.up.detach(), name + DOWN: low_rank.down.detach()}
     return found
-
-
-def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's weights with changes put into them, in float32; a tensor that is no change takes its name's place.
-
-    Raises CheckpointError for changes of a layer that the network does not have, or not in this shape.
-    """
-    result = dict(tensors)
-    for name, tensor in changes.items():
-        layer = name.removesuffix(UP)
-        if layer != name:
-            up, down, weight = tensor.float(), changes.get(layer + DOWN), tensors.get(layer + ".weight")
-            if down is None or weight is None or (len(up), down.shape[1]) != weight.flatten(1).shape:
-                raise CheckpointError(f"{name} changes no layer of this model: it belongs to another one")
-            result[layer + ".weight"] = weight.float() + (up @ down.float()).view_as(weight)
-        elif not name.endswith(DOWN):
-            result[name] = tensor
-    return result

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import ResidualBlock
+from ..train.losses import UNSEEN, misreadings
 from .anatomy import anatomy
 from .camera import eyes
 from .scene import WORDS, Scene
@@ -20,7 +21,6 @@ from .scene import WORDS, Scene
 SIZE = 128  # pixels; other pictures are resized to this
 CROP, REACH = 20, 0.17  # an eye is cut out in so many pixels, so far (in half widths of the picture) to each side
 MIRRORED_LOOK = torch.tensor([WORDS["look"].index(look) for look in ("front", "right", "left")])
-UNSEEN = -100  # target of an attribute that the picture does not show
 
 
 class Oracle(nn.Module):
@@ -175,15 +175,6 @@ def oracle_loss(oracle: Oracle, batch: dict[str, Tensor]) -> tuple[Tensor, dict[
     parts = misreadings(logits, batch)
     parts["eyes_at"] = 5 * (found - batch["eyes_at"]).norm(dim=-1).mean()
     return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
-
-
-def misreadings(logits: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy of every attribute, over those of the batch that show it."""
-    parts = {}
-    for name in WORDS:
-        total = F.cross_entropy(logits[name].float(), batch[name], ignore_index=UNSEEN, reduction="sum")
-        parts[name] = total / (batch[name] != UNSEEN).sum().clamp(min=1)
-    return parts
 
 
 def accuracy(oracle: Oracle, images: Float[Tensor, "b 3 h w"], scenes: list[Scene]) -> dict[str, dict[str, float]]:

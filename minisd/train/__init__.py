@@ -1,4 +1,4 @@
-"""Training: data, losses, one loop, and the recipes of the bundled models."""
+"""Training, whatever is trained: losses, one loop, averages, checkpoints."""
 
 from .loop import Record, TrainConfig, fit
 

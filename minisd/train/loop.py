@@ -29,7 +29,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .. import checks
-from ..files import CheckpointError, load_strictly, replacing
+from ..files import replacing
+from ..weights import CheckpointError, load_strictly
 
 INTEGERS = {"steps": (1, 10**9), "batch_size": (1, 10**6), "warmup": (0, 10**9), "seed": (0, 2**32 - 1)}  # from, to
 NUMBERS = {

@@ -15,7 +15,6 @@ from .. import samplers
 from ..adapters.controlnet import ControlNet
 from ..classifier import NoisyClassifier
 from ..clip import CLIP, TextTower
-from ..critters.oracle import misreadings
 from ..denoiser import Denoiser
 from ..depth import DPT
 from ..schedule import NoiseSchedule
@@ -25,6 +24,7 @@ from .loop import Batch
 
 COLOUR_WEIGHT = 0.3  # of what latents can't tell of colours
 KL_WEIGHT = 1e-4  # of the divergence per latent number, against errors per pixel
+UNSEEN = -100  # the index of an attribute that a picture does not show
 
 
 def edges(x: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
@@ -183,6 +183,18 @@ def distillation_loss(
 def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """For samplers that need none."""
     raise AssertionError("this sampler draws no noise")
+
+
+def misreadings(logits: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of every attribute, over those of the batch that show it.
+
+    Batch: an index [b] by attribute, `UNSEEN` where it does not show.
+    """
+    parts = {}
+    for name, scores in logits.items():
+        total = F.cross_entropy(scores.float(), batch[name], ignore_index=UNSEEN, reduction="sum")
+        parts[name] = total / (batch[name] != UNSEEN).sum().clamp(min=1)
+    return parts
 
 
 def classifier_loss(classifier: NoisyClassifier, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 import minisd
 from minisd import StableDiffusion, config, image, samplers
-from minisd.checkpoints import CLIP_VOCABULARY, clip_tokenizer, write_folder
 from minisd.config import DepthConfig, ModelConfig
 from minisd.tokenizer import Tokenizer
 from minisd.weights import empty_parts
+from minisd.weights.checkpoints import CLIP_VOCABULARY, clip_tokenizer, write_folder
 
 FAMILIES = {
     "v1": config.SD1,

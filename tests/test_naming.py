@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import config, keymaps
-from minisd.checkpoints import fit, recognise
+from minisd import config
 from minisd.clip import EncoderBlock, TextTower
 from minisd.config import TextConfig
-from minisd.files import CheckpointError
-from minisd.keymaps import EMA, PREFIXES, Layout, is_v2, places, unused, write
 from minisd.vae import VAE
-from minisd.weights import empty_parts
+from minisd.weights import CheckpointError, diffusers, empty_parts
+from minisd.weights.checkpoints import fit, recognise
+from minisd.weights.naming import EMA, PREFIXES, Layout, places, read, unused, write
 
 FIXTURE = Path(__file__).parent / "fixtures" / "manifests.json.gz"
 MANIFESTS = json.loads(gzip.decompress(FIXTURE.read_bytes()))
@@ -71,7 +70,7 @@ def test_a_single_file_is_written_as_it_was(name):
     model = SINGLE[name]
     written = {}
     for part, module in empty(model, "").items():
-        theirs = write(places(part, module, Layout(True, is_v2(model))), module.state_dict())
+        theirs = write(places(part, module, Layout(True, diffusers.is_v2(model))), module.state_dict())
         written |= {PREFIXES[part] + tensor: t for tensor, t in theirs.items()}
     published = MANIFESTS["shapes"][name]
     layers = model.text.layers
@@ -91,7 +90,7 @@ def test_a_single_file_is_written_as_it_was(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_part_of_a_folder_is_read_and_written_whole(name):
     part, model = FOLDERS[name]
-    module, layout = empty(model, "")[part], Layout(False, is_v2(model))
+    module, layout = empty(model, "")[part], Layout(False, diffusers.is_v2(model))
     found = fit(part, module, layout, manifest(name))
     assert found.problems == [] and shapes(found.tensors) == shapes(module.state_dict())
     published = MANIFESTS["shapes"][name]
@@ -112,7 +111,7 @@ def test_a_part_of_a_folder_is_read_and_written_whole(name):
 def test_the_two_layouts_pair_up_as_the_published_converter_pairs_them(pairs, part, model):
     """The names alone could be swapped between tensors of one shape; this map says which is which."""
     module = empty(model, "")[part]
-    single, folder = (places(part, module, Layout(kind, is_v2(model))) for kind in (True, False))
+    single, folder = (places(part, module, Layout(kind, diffusers.is_v2(model))) for kind in (True, False))
     ours = {folder[name].names[0]: PREFIXES[part] + single[name].names[0] for name in module.state_dict()}
     assert ours == MANIFESTS["keymap"][pairs]
 
@@ -125,7 +124,7 @@ def test_openclips_stacked_attention_is_cut_into_the_right_thirds():
     text = TextTower(TextConfig(vocabulary=20, width=16, layers=1, heads=2, quick_gelu=False))
     wanted = places("text", text, Layout(True, v2=True))
     state = {f"model.transformer.resblocks.0.attn.{name}": t for name, t in theirs.state_dict().items()}
-    found, _ = keymaps.read(wanted, state)
+    found, _ = read(wanted, state)
     block.attention.load_state_dict({name.removeprefix("blocks.0.attention."): t for name, t in found.items()})
     x, mask = torch.randn(2, 7, 16), torch.ones(7, 7).triu(1).bool()
     difference = block.attention(x, causal=True) - theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
@@ -219,11 +218,11 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configs_are_read_as_our_presets(name):
     model = CONFIGS[name]
-    files = json.loads(json.dumps(keymaps.to_diffusers(model)))
-    assert keymaps.from_diffusers(model.name, files) == replace(model, guidance=7.5)
+    files = json.loads(json.dumps(diffusers.to_diffusers(model)))
+    assert diffusers.from_diffusers(model.name, files) == replace(model, guidance=7.5)
     files["unet"] = MANIFESTS["configs"][name]
     files["vae"] = MANIFESTS["configs"]["x4_vae" if "x4" in name else "sd_vae"]
-    read = keymaps.from_diffusers("its name", files)
-    assert (read.unet, read.vae, read.text, read.size) == (model.unet, model.vae, model.text, 512)
+    told = diffusers.from_diffusers("its name", files)
+    assert (told.unet, told.vae, told.text, told.size) == (model.unet, model.vae, model.text, 512)
     with pytest.raises(ValueError, match="addition_embed_type 'text_time'"):
-        keymaps.from_diffusers("xl", files | {"unet": files["unet"] | {"addition_embed_type": "text_time"}})
+        diffusers.from_diffusers("xl", files | {"unet": files["unet"] | {"addition_embed_type": "text_time"}})

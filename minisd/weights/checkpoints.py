@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import keymaps
-from .config import (
+from ..config import (
     SD1,
     SD1_INPAINT,
     SD2,
@@ -31,20 +30,15 @@ from .config import (
     TextConfig,
     VAEConfig,
 )
-from .files import CheckpointError, is_finite, read_metadata, read_tensors, refuse, save_tensors, shortened
-from .keymaps import EMA, PREFIXES, Layout, is_v2
-from .tokenizer import Tokenizer
-from .unet import UNet
-from .vae import VAE
-from .weights import (
-    assets,
-    empty_parts,
-    from_dict,
-    load_tokenizer,
-    read_config,
-    read_folder,
-    write_config,
-)
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+from . import diffusers, naming
+from .diffusers import is_v2
+from .errors import CheckpointError, refuse, shortened
+from .naming import EMA, PREFIXES, Layout
+from .native import assets, empty_parts, from_dict, load_tokenizer, read_config, read_folder, write_config
+from .tensors import is_finite, read_metadata, read_tensors, save_tensors
 
 FAMILIES = {  # by the width of the context and the channels that go into the U-Net
     (768, 4): SD1,
@@ -205,11 +199,11 @@ def amount(tensors: Mapping[str, Tensor]) -> str:
 
 def fit(part: str, module: nn.Module, layout: Layout, tensors: Mapping[str, Tensor]) -> Fitted:
     """Look up a part's tensors under the names that a layout has for them; all that does not fit is noted."""
-    wanted, own = keymaps.places(part, module, layout), module.state_dict()
-    found, sources = keymaps.read(wanted, tensors)
+    wanted, own = naming.places(part, module, layout), module.state_dict()
+    found, sources = naming.read(wanted, tensors)
     spare = sorted(set(tensors) - {name for place in wanted.values() for name in place.names})
     layers = len(module.blocks) if part == "text" else 0
-    aside = [name for name in spare if keymaps.unused(part, name, layers)]
+    aside = [name for name in spare if naming.unused(part, name, layers)]
     problems = [("missing", place.names[0], "") for name, place in wanted.items() if name not in found]
     problems += [("unexpected", name, "") for name in spare if name not in aside]
     problems += [
@@ -265,7 +259,7 @@ def recognise(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             beside.append(name)
     own = own_config(path, metadata)
     config = own or family(path, tensors, parts["unet"])
-    problems = [f"unexpected {name}" for name in beside if not keymaps.unused("", name, 0)]
+    problems = [f"unexpected {name}" for name in beside if not naming.unused("", name, 0)]
     notes = precisions(parts)
     if any(name.startswith(EMA) for name in tensors):
         averages = {name: EMA + name.replace(".", "") for name in parts["unet"]}
@@ -339,7 +333,7 @@ def open_folder(path: Path) -> Checkpoint:
         else:
             files = {name: path / name / f"{file}.json" for name, file in JSON_FILES.items()}
             told = {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.is_file()}
-            config = keymaps.from_diffusers(path.name, told)
+            config = diffusers.from_diffusers(path.name, told)
     except CheckpointError:
         raise
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -399,7 +393,7 @@ def laid_out(parts: Mapping[str, Any], single: bool) -> tuple[ModelConfig, dict[
     config = replace(parts["config"], text=text)
     layout = Layout(single, is_v2(config))
     tensors = {
-        part: keymaps.write(keymaps.places(part, module, layout), parts[part].state_dict())
+        part: naming.write(naming.places(part, module, layout), parts[part].state_dict())
         for part, module in empty_parts(config, config.name).items()
     }
     return config, tensors
@@ -431,8 +425,8 @@ def write_folder(parts: Mapping[str, Any], folder: str | Path, dtype: torch.dtyp
     if folder.exists():
         raise FileExistsError(f"{folder} exists; choose another name, or remove it first")
     config, tensors = laid_out(parts, single=False)
-    files = {f"{name}/{JSON_FILES[name]}": told for name, told in keymaps.to_diffusers(config).items()}
-    files |= {f"tokenizer/{name}": told for name, told in keymaps.to_tokenizer(parts["tokenizer"]).items()}
+    files = {f"{name}/{JSON_FILES[name]}": told for name, told in diffusers.to_diffusers(config).items()}
+    files |= {f"tokenizer/{name}": told for name, told in diffusers.to_tokenizer(parts["tokenizer"]).items()}
     files["model_index"] = index = {
         "_class_name": PIPELINES.get(config.unet.in_channels, PIPELINES[4]),
         "_diffusers_version": "0.35.0",  # some of its pipelines ask for it

@@ -34,16 +34,26 @@ from ..config import (
     CRITTERS_PIXELS,
     ModelConfig,
 )
-from ..critters import WORDS, Scene, caption
-from ..critters.oracle import SIZE, Examples, Oracle, oracle_loss
-from ..critters.segmenter import Segmenter, Segments, count, segmentation_loss, usual
 from ..depth import DPT
-from ..files import load_strictly, read_tensors, save_tensors
 from ..schedule import from_config
 from ..tokenizer import Tokenizer
+from ..train.loop import Record, TrainConfig
+from ..train.losses import (
+    Predictor,
+    classifier_loss,
+    clip_loss,
+    control_loss,
+    decoder_loss,
+    depth_loss,
+    diffusion_loss,
+    distillation_loss,
+    noise_loss,
+    vae_loss,
+)
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import read_tokenizer, save_module
+from ..weights import load_strictly, read_tensors, read_tokenizer, save_module, save_tensors
+from . import WORDS, Scene, caption
 from .data import (
     Captioned,
     Decodings,
@@ -59,19 +69,8 @@ from .data import (
     Stages,
     redrawn,
 )
-from .loop import Record, TrainConfig
-from .losses import (
-    Predictor,
-    classifier_loss,
-    clip_loss,
-    control_loss,
-    decoder_loss,
-    depth_loss,
-    diffusion_loss,
-    distillation_loss,
-    noise_loss,
-    vae_loss,
-)
+from .oracle import SIZE, Examples, Oracle, oracle_loss
+from .segmenter import Segmenter, Segments, count, segmentation_loss, usual
 from .workshop import RANK, Workshop
 
 CAPTIONS = 50_000  # that the tokenizer learns from

@@ -1,4 +1,4 @@
-"""A pickle of weights, read without running anything it names.
+"""A .ckpt, .pt or .bin of PyTorch: a zip file of raw numbers and of one pickle, which says where they go.
 
 A pickle is a program that puts tensors round raw numbers. Python's own machine for such programs runs whatever
 function they name. This one only makes tensors, tables and lists.
@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import math
 import pickletools
+import struct
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import UInt8
 from torch import Tensor
+
+from .errors import CheckpointError
+from .mapped import map_file, view
 
 
 @dataclass(eq=False)
@@ -148,3 +156,65 @@ def unpickle(program: bytes, storage: Callable[[Inert, str, int], Tensor]) -> An
             case other:
                 raise ValueError(f"it holds {other}, which no file of weights needs")
     raise ValueError("it has no end")
+
+
+STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+def read_pickle(path: Path) -> Any:
+    """What a .ckpt, .pt or .bin holds, its tensors mapped; Python objects of any other kind are `Inert`.
+
+    Raises CheckpointError where it is not PyTorch's zip file, or its pickle is not one of weights.
+    """
+    try:
+        content = map_file(path)
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise ValueError("two members have the same name")
+        programs = [name for name in members if name.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("it has no data.pkl")
+        root = programs[0].removesuffix("data.pkl")
+
+        def member(name: str) -> tuple[int, int]:
+            """Where a member's bytes begin and end."""
+            info, at = members[root + name], members[root + name].header_offset
+            if not 0 <= at <= len(content) - 30:
+                raise ValueError(f"{root + name} is not where the list of members says")
+            signature, _, flags, *_, letters, extra = struct.unpack("<4sHHHHHIIIHH", _bytes(content, at, at + 30))
+            begin = at + 30 + letters + extra
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or flags & 1:
+                raise ValueError(f"{root + name} is compressed or encrypted")
+            if signature != b"PK\x03\x04" or begin + info.file_size > len(content):
+                raise ValueError(f"{root + name} is not where the list of members says")
+            return begin, begin + info.file_size
+
+        def storage(kind: Inert, key: str, count: int) -> Tensor:
+            """A run of numbers, by the name and the number of them that the program gives."""
+            dtype = STORAGES[kind.name]
+            begin, end = member(f"data/{key}")
+            if end - begin != count * dtype.itemsize:
+                raise ValueError(f"{root}data/{key} is {end - begin} bytes, not {count} times {dtype.itemsize}")
+            return view(content, begin, end, dtype)
+
+        if root + "byteorder" in members and _bytes(content, *member("byteorder")) != b"little":
+            raise ValueError("its numbers are big-endian")
+        return unpickle(_bytes(content, *member("data.pkl")), storage)
+    except Exception as error:  # a broken program can fail in any way; none of them is ours
+        raise CheckpointError(f"{path} is not a whole .ckpt of weights ({error!r}); download it again") from error
+
+
+def _bytes(content: UInt8[Tensor, "bytes"], begin: int, end: int) -> bytes:
+    return content[begin:end].numpy().tobytes()

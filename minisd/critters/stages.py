@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .. import checks
 from ..config import CRITTERS_512, ModelConfig
+from ..train.loop import Record, TrainConfig, share
 from . import workshop
-from .loop import Record, TrainConfig, share
 from .recipes import RECIPES, chosen
 from .workshop import RENDERS
 

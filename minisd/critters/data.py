@@ -20,9 +20,6 @@ from tqdm import tqdm
 
 from ..clip import TextTower
 from ..config import CRITTERS_DEPTH
-from ..critters import PARTS, Scene, caption, depths, prompt, render
-from ..critters.captions import near_misses
-from ..critters.oracle import targets
 from ..denoiser import Denoiser
 from ..depth import depth_channel
 from ..files import replacing
@@ -30,9 +27,12 @@ from ..image import edges
 from ..samplers import dpmpp_2m
 from ..schedule import NoiseSchedule, linear, plan
 from ..tokenizer import Tokenizer
+from ..train.loop import Batch, share
 from ..unet import UNet
 from ..vae import VAE
-from .loop import Batch, share
+from . import PARTS, Scene, caption, depths, prompt, render
+from .captions import near_misses
+from .oracle import targets
 
 CHUNK = 80  # renders a file
 NEAR_MISSES = 3  # false captions a picture

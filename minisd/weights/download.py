@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from .files import CheckpointError, sha256
+from ..files import sha256
+from .errors import CheckpointError
 
 V1_LICENCE, V2_LICENCE = "CreativeML OpenRAIL-M", "CreativeML Open RAIL++-M"
 RUNWAY, STABILITY = "by Runway in August 2024", "by Stability AI in November 2025"
@@ -148,7 +149,7 @@ MODELS = (
         "vae-ft-mse-840000-ema-pruned.safetensors",
         334_641_190,
         "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
-        reader="minisd.checkpoints.read_vae",
+        reader="minisd.weights.read_vae",
         command=None,
     ),
 )
@@ -163,7 +164,7 @@ def find(key: str) -> Published:
 
 
 def download(key: str, folder: str | Path | None = None) -> Path:
-    """Fetch published weights; returns the path that `minisd.load` takes, or for an autoencoder `checkpoints.read_vae`.
+    """Fetch published weights; returns the path that `minisd.load` takes, or for an autoencoder `weights.read_vae`.
 
     `key` is that of one of `MODELS`. `folder`: where the file goes, by default the cache that all of Hugging Face's
     tools share. What is there already is not fetched again. Every file is checked by its size and SHA-256, one that

@@ -14,14 +14,13 @@ from torch import nn
 from ..adapters import lora
 from ..clip import TextTower
 from ..config import CRITTERS_512, ModelConfig
-from ..files import save_tensors
 from ..schedule import from_config
+from ..train.loop import Record, TrainConfig, fit, share
+from ..train.losses import Predictor
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import read_config, read_module, read_tokenizer, save_module, write_config
+from ..weights import read_config, read_module, read_tokenizer, save_module, save_tensors, write_config
 from .data import Latents, Renders
-from .loop import Record, TrainConfig, fit, share
-from .losses import Predictor
 
 RENDERS = 5_000
 RANK = 16  # of a variant's changes

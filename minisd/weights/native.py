@@ -18,22 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters.lora import merged
-from .clip import TextTower
-from .config import ModelConfig, TextConfig
-from .depth import DPT
-from .files import CheckpointError, load_strictly, read_tensors, replacing, save_tensors
-from .tokenizer import Tokenizer
-from .unet import UNet
-from .vae import VAE
+from ..clip import TextTower
+from ..config import ModelConfig, TextConfig
+from ..depth import DPT
+from ..files import replacing
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+from .errors import CheckpointError
+from .tensors import load_strictly, read_tensors, save_tensors
 
 BUNDLED = "critters-512"
+UP, DOWN = ".lora_up", ".lora_down"  # how the factors of a low-rank change are named, behind their layer's name
 
 
 def assets() -> Path:
     """The folder of bundled models and vocabularies: inside an installed package, beside it in a clone."""
-    inside = Path(__file__).parent / "assets"
-    return inside if inside.exists() else Path(__file__).parent.parent / "assets"
+    package = Path(__file__).parents[1]
+    inside = package / "assets"
+    return inside if inside.exists() else package.parent / "assets"
 
 
 def resolve(model: str | Path | None) -> Path:
@@ -119,6 +122,24 @@ def read_module(
     cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     load_strictly(module, cast, str(path), assign=True)
     return module.eval().requires_grad_(False)
+
+
+def merged(tensors: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights with changes put into them, in float32; a tensor that is no change takes its name's place.
+
+    Raises CheckpointError for changes of a layer that the network does not have, or not in this shape.
+    """
+    result = dict(tensors)
+    for name, tensor in changes.items():
+        layer = name.removesuffix(UP)
+        if layer != name:
+            up, down, weight = tensor.float(), changes.get(layer + DOWN), tensors.get(layer + ".weight")
+            if down is None or weight is None or (len(up), down.shape[1]) != weight.flatten(1).shape:
+                raise CheckpointError(f"{name} changes no layer of this model: it belongs to another one")
+            result[layer + ".weight"] = weight.float() + (up @ down.float()).view_as(weight)
+        elif not name.endswith(DOWN):
+            result[name] = tensor
+    return result
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
