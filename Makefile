@@ -11,6 +11,8 @@ SEED ?= 7
 BIN := .venv/bin
 READY := .venv/.ready
 
+export PROMPT  # the shell takes it from its environment as it was written, quotes and all
+
 # glibc gives freed memory back after each layer and asks for it again: a tenth of a picture's time, if it may.
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
@@ -18,7 +20,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 .PHONY: picture test lab notebooks book clean
 
 picture: $(READY)
-	$(BIN)/minisd "$(PROMPT)" --seed $(SEED) --output picture.png --force
+	$(BIN)/minisd "$$PROMPT" --seed $(SEED) --output picture.png --force
 
 test: $(READY)
 	$(BIN)/ruff check

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 
 MAX_SEED = 2**63 - 1
+OURS = ("minisd", "torch", "jaxtyping", "contextlib")  # packages between a reader's line and a warning
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line of the caller's own that led to it, outside this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:

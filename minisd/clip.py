@@ -96,7 +96,7 @@ class ImageTower(nn.Module):
 
     def embed(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p"]:
         """One unit vector a picture; it is looked at in `config.size` pixels a side."""
-        if image.shape[-1] != self.config.size:
+        if image.shape[-2:] != (self.config.size,) * 2:
             image = F.interpolate(image, (self.config.size,) * 2, mode="bilinear", antialias=True)
         x = self.patches(image).flatten(2).transpose(1, 2)  # b c h w -> b (h w) c
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.position_embedding.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,13 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is unknown; there is: {', '.join(there)}") from error
+        raise ValueError(f"device {device!r} is unknown; choose one of: {', '.join(there)}") from error
     if found.type not in there or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {str(device)!r} is not to be had here; there is: {', '.join(there)}")
+        raise ValueError(f"there is no device {str(device)!r} on this machine; choose one of: {', '.join(there)}")
     return found
 
 
+FULL = re.compile("out of memory|(not enough|can't allocate) memory")  # as Metal and the CPU say it
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -42,7 +44,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes to be had on a device, where the system tells: what is free, and what can be freed for the asking."""
+    """Bytes that can be used on a device, where the system tells: what is free, and what can be freed for it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -58,6 +60,6 @@ def naming_the_knob() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not FULL.search(str(error)):
             raise
         raise MemoryError(f"{error}; choose a smaller size or fewer pictures") from error

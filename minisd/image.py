@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from . import checks
 from .files import replacing
 
 MAX_PIXELS = 89_000_000  # a larger picture is taken for a decompression bomb
@@ -81,6 +82,22 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
+def levels(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
+    """The numbers of a grey picture as they are, 16-bit and float ones too, scaled and cropped to size as `fit` does.
+
+    A picture in colour counts as its grey one.
+    """
+    if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
+        image = ImageOps.exif_transpose(image)
+        values = np.asarray(image).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("the picture holds values that are not finite (NaN or infinity)")
+        grey = Image.fromarray(values)
+    else:
+        grey = to_rgb(image).convert("L").convert("F")
+    return torch.from_numpy(np.array(fit(grey, size)))[None, None]
+
+
 def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -98,10 +115,9 @@ def fit(image: Image.Image, size: tuple[int, int] | None = None, multiple: int =
     if size is None:
         size = tuple(max(side // multiple, 1) * multiple for side in image.size)
         if size != image.size:
-            warnings.warn(
+            checks.warn(
                 f"the picture is {image.width} x {image.height}; sides are multiples of {multiple}, "
-                f"so it is resized to {size[0]} x {size[1]}",
-                stacklevel=2,
+                f"so it is resized to {size[0]} x {size[1]}"
             )
     return image if size == image.size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 

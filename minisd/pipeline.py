@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +20,15 @@ from .denoiser import Denoiser
 from .depth import DPT, depth_channel
 from .devices import check_device, check_dtype, fast_dtype, free_memory, naming_the_knob
 from .prompt import encode as encode_prompts
-from .run import Run
 from .schedule import NoiseSchedule, from_config
+from .settings import LongPrompts, Pictures, Run, Sampler, Seeds, Settings, Texts
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 from .weights import is_published, read_parts, resolve, write_folder, write_single
 
 MAX_NOISE_LEVEL = 350  # of the upscaler's training
+FAINT = 16  # of 255: what is darker in a mask is black, or has become grey in a JPEG
 WAYS = {  # by the number of input channels: what a model is for
     4: "draws from prompts: call it with one, or text_to_image, img2img, inpaint",
     5: "draws by depth: call depth2img with a picture",
@@ -85,9 +83,9 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_text(
         self,
-        prompts: str | Sequence[str],
+        prompts: Texts,
         *,
-        long_prompts: Literal["cut", "chunk"] = "cut",
+        long_prompts: LongPrompts = "cut",
         clip_skip: int | None = None,
     ) -> Float[Tensor, "b n d"]:
         """The context of one prompt or several: encode a prompt and its negative in one call, they are then as long.
@@ -123,12 +121,22 @@ class StableDiffusion:
 
         `tile`: work in overlapping tiles of so many latent cells a side, which takes less memory (see `VAE`).
         """
-        return self.vae.encode(pixels.to(self.device, self.dtype), tile=tile).float().cpu()
+        return self._finite(lambda x: self.vae.encode(x, tile=tile), pixels)
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "b z h8 w8"], tile: int | None = None) -> Float[Tensor, "b 3 h w"]:
         """Latents to pictures in [-1, 1], in float32 on the CPU; `tile` as in `encode`."""
-        return self.vae.decode(z.to(self.device, self.dtype), tile).float().cpu()
+        return self._finite(lambda x: self.vae.decode(x, tile), z)
+
+    def _finite(self, way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the autoencoder makes of x; in float32 where numbers of half precision are too small for it."""
+        out = way(x.to(self.device, self.dtype))
+        if self.dtype != torch.float32 and not out.isfinite().all():
+            checks.warn(f'the autoencoder overflowed in {self.dtype}: worked in float32; dtype="float32" asks for that')
+            self.vae.float()
+            out = way(x.to(self.device, torch.float32))
+            self.vae.to(self.dtype)
+        return out.float().cpu()
 
     @torch.no_grad()
     def estimate_depth(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
@@ -140,164 +148,207 @@ class StableDiffusion:
     # The ways to draw
 
     def text_to_image(
-        self, prompt: str | Sequence[str], *, size: int | tuple[int, int] | None = None, **settings: Any
-    ) -> Image.Image | list[Image.Image]:
+        self, prompt: Texts, *, size: int | tuple[int, int] | None = None,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Pictures:  # fmt: skip
         """Draw pictures from prompts alone: one picture for one prompt and n = 1, else a list, n in a row a prompt.
 
         `size`: a side or (width, height) in pixels, multiples of the autoencoder's factor; by default the size of
-        training. Every way to draw has these `settings`: `negative` (""), what to steer away from; `seed`, of the first
-        picture, the next ones count on, or a list, drawn if left out; `n` (1); `rescale` (0); `long_prompts` ("cut")
-        and `clip_skip` of `encode_text`; `tile` of `decode`, for large pictures; `progress` (True). The model's own are
-        used for `guidance`, `steps`, `sampler` and `schedule`, a spacing of `schedule.plan`, where they are left out:
-        mostly 20 steps of `samplers.dpmpp_2m`, spaced "karras".
+        training. What else can be asked for is the same in every way to draw, and `Settings` says what it means; what
+        is left out is the model's own choice: mostly 20 steps of `samplers.dpmpp_2m`, spaced "karras".
 
         The settings, seed included, are in each picture's `info`. The same seed gives the same picture in every batch.
         Raises ValueError for settings that can't be.
         """
-        run = self._run(prompt, **settings)
-        return self._draw(run, self._cells(size, run))
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
+        run, cells = self._from_noise(prompt, size, settings)
+        return self._draw(run, cells)
 
     __call__ = text_to_image
 
     def latents(
-        self, prompt: str | Sequence[str], *, size: int | tuple[int, int] | None = None, **settings: Any
-    ) -> Iterator[tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]]:
+        self, prompt: Texts, *, size: int | tuple[int, int] | None = None,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Iterator[tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]]:  # fmt: skip
         """What `text_to_image` goes through, step by step: `(x, x0)` after each, to `decode` or to stop at.
 
         `x` is the latent with the noise that is left in it, `x0 + sigma * noise`; `x0` is what the network takes to be
         behind the noise, a picture from the first step on. The last `x` is what `text_to_image` decodes. Settings and
         errors, raised at once, are those of `text_to_image`.
         """
-        run = self._run(prompt, **settings)
-        return self._sample(run, self._cells(size, run))
-
-    def _run(self, prompt: str | Sequence[str], **settings: Any) -> Run:
-        """A call's settings, checked, and its prompts, read: all that is refused is refused before the long work."""
-        run = Run(self.config, self.schedule, prompt, **settings)
-        run.settings["dtype"] = str(self.dtype).removeprefix("torch.")
-        run.read(self.encode_text)
-        return run
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
+        run, cells = self._from_noise(prompt, size, settings)
+        return self._sample(run, cells)
 
     def img2img(
-        self, prompt: str | Sequence[str], picture: Image.Image, *, strength: float = 0.6, **settings: Any
-    ) -> Image.Image | list[Image.Image]:
+        self, prompt: Texts, picture: Image.Image, *, strength: float = 0.6,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Pictures:  # fmt: skip
         """Redraw a picture: add noise by the denoising strength, then denoise towards the prompt (Meng et al. 2022,
         SDEdit).
 
         `strength` 0 gives the picture back; 1 forgets it and is text to image; between them the last `strength *
-        steps` steps run, at least one. `settings` as in `text_to_image`.
+        steps` steps run, at least one. The rest is as in `text_to_image`.
         """
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
         self._must_take(4, 9)
-        run = self._run(prompt, strength=strength, **settings)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
+        run = self._run(prompt, settings, picture.size, strength)
         return self._redraw(run, picture)
 
     def inpaint(
-        self,
-        prompt: str | Sequence[str],
-        picture: Image.Image,
-        mask: Image.Image,
-        *,
-        strength: float = 1.0,
-        **settings: Any,
-    ) -> Image.Image | list[Image.Image]:
+        self, prompt: Texts, picture: Image.Image, mask: Image.Image, *, strength: float = 1.0,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Pictures:  # fmt: skip
         """Redraw only where the mask is white.
 
         A model of 9 channels is shown the mask and the rest of the picture; with any other every prediction outside the
-        mask is replaced by the picture's own latent. Pixels outside the mask come back untouched. A mask of another
-        size is resized, with a warning; an all black one leaves the picture as it is, with a warning. `strength` as in
-        `img2img`, `settings` as in `text_to_image`.
+        mask is replaced by the picture's own latent. Pixels where the mask is black come back untouched; where it is
+        grey, old and new are blended by it. A mask of another size is resized, with a warning; an all but black one
+        leaves the picture as it is, with a warning. `strength` as in `img2img`, the rest as in `text_to_image`.
         """
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
         self._must_take(4, 9)
-        run = self._run(prompt, strength=strength, **settings)
         picture, mask = self._picture_and_mask(picture, mask)
-        if mask.getextrema() == (0, 0):
-            warnings.warn("the mask is all black: nothing is redrawn; paint white what should change", stacklevel=2)
+        run = self._run(prompt, settings, picture.size, strength)
+        white = (images.from_pil(mask)[:, :1] > FAINT / 127.5 - 1).float()
+        if not white.any():
+            checks.warn("the mask is all black: nothing is redrawn; paint white what should change")
             return run.finish([picture.copy() for _ in range(len(run))])
-        white = (images.from_pil(mask)[:, :1] > 0).float()
-        factor = self.vae.config.factor
+        # A cell is redrawn if any pixel of it is. (In training the first pixel of a cell decided for an inpainting
+        # model, and thin strokes could miss it.)
+        cells = F.max_pool2d(white, self.vae.config.factor)
         if self.config.unet.in_channels == 9:
-            rest = self.encode(
-                images.from_pil(picture) * (1 - white), run.tile
-            )  # grey, which is 0, where it is to be redrawn
-            cells = white[:, :, ::factor, ::factor]  # as in training, the nearest pixel: the first of a cell
+            rest = self.encode(images.from_pil(picture) * (1 - white), settings.tile)  # grey, which is 0, in the hole
             drawn = self._redraw(run, picture, concat=torch.cat([cells, rest], dim=1))
         else:
-            cells = F.max_pool2d(white, factor)  # a cell of the latent is redrawn if any pixel of it is
             drawn = self._redraw(run, picture, mask=cells)
         for new in drawn if isinstance(drawn, list) else [drawn]:
             new.paste(picture, mask=mask.point(lambda value: 255 - value))
         return drawn
 
     def depth2img(
-        self,
-        prompt: str | Sequence[str],
-        picture: Image.Image,
-        *,
-        depth: Image.Image | None = None,
-        strength: float = 0.9,
-        **settings: Any,
-    ) -> Image.Image | list[Image.Image]:
+        self, prompt: Texts, picture: Image.Image, *, depth: Image.Image | None = None, strength: float = 0.9,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Pictures:  # fmt: skip
         """Redraw a picture and keep its depths: colours and materials may change, shapes and places stay.
 
-        `depth` is a grey picture of how near everything is, the nearest white; without it the model's own estimator
-        looks at `picture`. `strength` as in `img2img`, `settings` as in `text_to_image`.
+        `depth` is a grey picture of how near everything is, the nearest white, of 8 or 16 bits or of floating point
+        numbers; without it the model's own estimator looks at `picture`. `strength` as in `img2img`, the rest as in
+        `text_to_image`.
         """
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
         self._must_take(5)
-        run = self._run(prompt, strength=strength, **settings)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
-        cells = tuple(side // self.vae.config.factor for side in reversed(picture.size))
+        run = self._run(prompt, settings, picture.size, strength)
         if depth is None:
             disparity = self.estimate_depth(images.from_pil(picture))
         else:
-            disparity = images.from_pil(images.fit(images.to_rgb(depth), picture.size))[:, :1]
-        return self._redraw(run, picture, concat=depth_channel(disparity, cells))
+            disparity = images.levels(depth, picture.size)
+        width, height = (side // self.vae.config.factor for side in picture.size)
+        return self._redraw(run, picture, concat=depth_channel(disparity, (height, width)))
 
     def upscale(
-        self, prompt: str | Sequence[str], picture: Image.Image, *, noise_level: int = 20, **settings: Any
-    ) -> Image.Image | list[Image.Image]:
+        self, prompt: Texts, picture: Image.Image, *, noise_level: int = 20,
+        negative: Texts = "", seed: Seeds | None = None, n: int = 1, steps: int | None = None,
+        guidance: float | None = None, rescale: float = 0.0, sampler: Sampler | None = None,
+        schedule: str | None = None, long_prompts: LongPrompts = "cut", clip_skip: int | None = None,
+        tile: int | None = None, progress: bool = True,
+    ) -> Pictures:  # fmt: skip
         """Enlarge a picture, four times with the published upscaler (Rombach et al. 2022, section 4.5).
 
         The network sees the small picture beside the latent, with noise of step `noise_level` of the schedule (0 to
-        350) added: more noise leaves more to invention. `settings` as in `text_to_image`.
+        350) added: more noise leaves more to invention. The rest is as in `text_to_image`.
         """
+        settings = Settings(
+            negative=negative, seed=seed, n=n, steps=steps, guidance=guidance, rescale=rescale, sampler=sampler,
+            schedule=schedule, long_prompts=long_prompts, clip_skip=clip_skip, tile=tile, progress=progress,
+        )  # fmt: skip
         self._must_take(7)
         noise_level = checks.integer("noise_level", noise_level, 0, MAX_NOISE_LEVEL)
-        run = self._run(prompt, **settings)
-        run.settings["noise_level"] = noise_level
         small = images.from_pil(images.to_rgb(picture))
         factor, cells = self.vae.config.factor, small.shape[-2:]
-        self._check_memory(run, cells[1] * factor, cells[0] * factor)
+        run = self._run(prompt, settings, (cells[1] * factor, cells[0] * factor))
+        run.info["noise_level"] = noise_level
         label = torch.tensor([noise_level])
         noised = self.schedule.add_noise(
             small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, *cells)
         )
         return self._draw(run, cells, concat=noised, label=label)
 
-    def _cells(self, size: int | tuple[int, int] | None, run: Run) -> tuple[int, int]:
-        """Height and width, in latent cells, of pictures that are drawn from pure noise."""
+    # What the ways have in common
+
+    def _run(self, prompt: Texts, settings: Settings, size: tuple[int, int], strength: float = 1.0) -> Run:
+        """A call, checked: what can't be and what can't fit is refused before the long work."""
+        settings = settings.of(self.config, len(self.schedule.betas))
+        self._check_memory(len(checks.prompts(prompt)) * settings.n, *size, settings.tile)
+        run = Run(self.config, self.schedule, self.encode_text, prompt, settings, strength)
+        run.info["dtype"] = str(self.dtype).removeprefix("torch.")
+        return run
+
+    def _from_noise(
+        self, prompt: Texts, size: int | tuple[int, int] | None, settings: Settings
+    ) -> tuple[Run, tuple[int, int]]:
+        """A call that begins at pure noise, and the height and width of its latents."""
         self._must_take(4, 9)
         factor = self.vae.config.factor
         width, height = checks.size(self.config.size if size is None else size, factor)
-        self._check_memory(run, width, height)
-        return height // factor, width // factor
+        return self._run(prompt, settings, (width, height)), (height // factor, width // factor)
 
     def _redraw(
         self, run: Run, picture: Image.Image, mask: Tensor | None = None, concat: Tensor | None = None
-    ) -> Image.Image | list[Image.Image]:
+    ) -> Pictures:
         """From a picture, as far as the strength goes; strength 0 gives its own pixels."""
-        self._check_memory(run, *picture.size)
         if run.strength == 0:
             return run.finish([picture.copy() for _ in range(len(run))])
-        latent = self.encode(images.from_pil(picture), run.tile)
+        latent = self.encode(images.from_pil(picture), run.settings.tile)
         return self._draw(run, latent.shape[-2:], latent, mask, concat)
 
     @torch.no_grad()
-    def _draw(self, run: Run, *start: Any, **shown: Any) -> Image.Image | list[Image.Image]:
+    def _draw(
+        self,
+        run: Run,
+        cells: tuple[int, int],
+        latent: Float[Tensor, "1 z h w"] | None = None,
+        mask: Float[Tensor, "1 1 h w"] | None = None,
+        concat: Float[Tensor, "#b k h w"] | None = None,
+        label: Int[Tensor, "1"] | None = None,
+    ) -> Pictures:
         """Sample as `_sample` does, and decode where it ends."""
-        [(x, _)] = deque(self._sample(run, *start, **shown), maxlen=1)
+        for step in self._sample(run, cells, latent, mask, concat, label):
+            x, _ = step
         with naming_the_knob():
-            return run.finish(images.to_pil(torch.cat([self.decode(z, run.tile) for z in x.split(1)])))
+            return run.finish(images.to_pil(torch.cat([self.decode(z, run.settings.tile) for z in x.split(1)])))
 
     @torch.no_grad()
     def _sample(
@@ -313,17 +364,19 @@ class StableDiffusion:
 
         Each picture's generator gives the start first, then one noise a step where the sampler asks for it.
         """
+        settings, shape = run.settings, (self.config.vae.latent_channels, *cells)
         with naming_the_knob():
-            shape = (self.config.vae.latent_channels, *cells)
             if concat is None and self.config.unet.in_channels == 9:
-                concat = self._all_masked(cells, run.tile)
-            denoise = self.denoiser(run.context, run.negative, run.guidance, run.rescale, concat, label)
+                concat = self._all_masked(cells, settings.tile)
+            denoise = self.denoiser(run.context, run.negative, settings.guidance, settings.rescale, concat, label)
             blended = denoise if mask is None else lambda x, sigma: torch.where(mask > 0, denoise(x, sigma), latent)
             x, noise = run.start(shape, latent), samplers.BrownianNoise(lambda: run.noise(*shape))
-            trail = run.sampler(blended, x, run.sigmas, noise)
-            for step, (x, x0) in enumerate(tqdm(trail, total=len(run.sigmas) - 1, disable=not run.progress), start=1):
+            trail = settings.sampler(blended, x, run.sigmas, noise)
+            bar = tqdm(trail, total=len(run.sigmas) - 1, disable=not settings.progress)
+            for step, (x, x0) in enumerate(bar, start=1):
                 if not x.isfinite().all():
                     raise ValueError(f"the latents are not finite after step {step}; lower the guidance or add steps")
+                noise.forget(run.sigmas[step])
                 yield x, x0
 
     def _all_masked(self, cells: tuple[int, int], tile: int | None) -> Float[Tensor, "1 5 h w"]:
@@ -332,16 +385,16 @@ class StableDiffusion:
         return torch.cat([torch.ones(1, 1, *cells), self.encode(torch.zeros(1, 3, height, width), tile)], dim=1)
 
     def _picture_and_mask(self, picture: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """A picture whose sides fit, and its mask, black and white, cropped as the picture is."""
+        """A picture whose sides fit, and its mask, grey, cropped as the picture is."""
         picture = images.to_rgb(picture)
         if not isinstance(mask, Image.Image):
             raise ValueError(f"the mask is a PIL image, not {type(mask).__name__}; minisd.image.read opens a file")
         mask = images.to_rgb(mask, background="black").convert("L")
         if mask.size != picture.size:
-            warnings.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized", stacklevel=3)
+            checks.warn(f"the mask is {mask.size}, the picture {picture.size}: the mask is resized")
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
         picture = images.fit(picture, multiple=self.vae.config.factor)
-        return picture, images.fit(mask, picture.size).point(lambda value: 255 * (value >= 128))
+        return picture, images.fit(mask, picture.size)
 
     def _must_take(self, *channels: int) -> None:
         """Refuse what the network was not trained for: its input channels say what it is shown beside the latent."""
@@ -349,20 +402,20 @@ class StableDiffusion:
         if took not in channels:
             raise ValueError(f"{self.config.name} {WAYS[took]}")
 
-    def _check_memory(self, run: Run, width: int, height: int) -> None:
+    def _check_memory(self, count: int, width: int, height: int, tile: int | None) -> None:
         """Refuse what can't fit, before it is tried: some dozen feature maps at the finest level."""
         vae, unet, bytes_ = self.vae.config, self.config.unet, self.dtype.itemsize
-        longest = max(width, height) if run.tile is None else run.tile * vae.factor
+        longest = max(width, height) if tile is None else tile * vae.factor
         at_once = min(width, longest) * min(height, longest)  # pixels of one picture, or of one tile
         decoder = 7 * bytes_ * max(vae.widths[:2]) * at_once
-        cells = len(run) * width * height // vae.factor**2
+        cells = count * width * height // vae.factor**2
         predictor = 40 * bytes_ * unet.widths[0] * 2 * cells  # all pictures, doubled by guidance
         needed = max(decoder, predictor)
         free = free_memory(self.device)
         if free is not None and needed > free:
             raise ValueError(
-                f"{len(run)} pictures of {width} x {height} need about {needed / 2**30:.1f} GiB, there are "
-                f"{free / 2**30:.1f}; choose a smaller size or fewer pictures, or set tile"
+                f"{count} picture{'s' * (count > 1)} of {width} x {height} would take about {needed / 2**30:.1f} GiB, "
+                f"there are {free / 2**30:.1f}; choose a smaller size or fewer pictures, or set tile"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -25,6 +26,7 @@ from .image import to_pil
 Panel = Callable[[Axes], object]
 
 COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+DRAWING = threading.RLock()  # matplotlib's settings are one for all threads; a slider draws in one of its own
 GREY, PALE = "#666666", "#D8D8D8"
 STYLE = {
     "figure.dpi": 100,
@@ -50,7 +52,7 @@ def show(
     """Panels in rows of `columns`, each `width` by `height` inches; a list of panels is drawn in one place."""
     columns = columns or len(panels)
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(STYLE):
+    with DRAWING, matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(columns * width, rows * (height or width)), layout="constrained")
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, place + 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from itertools import groupby, zip_longest
 from operator import itemgetter
@@ -32,6 +31,7 @@ PIECE = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 BREAK = "BREAK"
+TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 FACTOR = {"(": 1.1, "[": 1 / 1.1}
 MAX_WEIGHT = 1e6  # far beyond sense, and safe in float32
 BACKTRACK = 20
@@ -39,17 +39,17 @@ BACKTRACK = 20
 Token = tuple[int, float]  # an id and its weight
 
 
-def parse(prompt: str) -> list[tuple[str, float]]:
+def parse(prompt: str) -> list[tuple[str, float | None]]:
     """The texts of a prompt and their weights: `"a (red:1.3) cat"` is `[("a ", 1), ("red", 1.3), (" cat", 1)]`.
 
     A word's weight is the product of the brackets round it. Neighbours of equal weight are one text. BREAK is a text of
-    its own, with its weight negative. A bracket that closes nothing is text; one that is never closed lasts to the end,
+    its own, without a weight. A bracket that closes nothing is text; one that is never closed lasts to the end,
     with a warning. Takes linear time. Raises ValueError where a weight is no number or beyond a million.
     """
     pieces = list(PIECE.finditer(prompt))
     opens, closes = _match_brackets(pieces)
     products = {"(": [1.0], "[": [1.0]}  # of the brackets that are open, one entry a depth
-    parts: list[tuple[str, float]] = []
+    parts: list[tuple[str, float | None]] = []
     for i, piece in enumerate(pieces):
         if i in opens:
             product = products[piece[0]]
@@ -65,7 +65,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
                 )
             *ended, last = re.split(rf"\b{BREAK}\b\s*", piece["escaped"] or piece[0])
             for text in ended:
-                parts += [(text.rstrip(), weight), (BREAK, -weight)]
+                parts += [(text.rstrip(), weight), (BREAK, None)]
             parts.append((last, weight))
     merged = [("".join(text for text, _ in same), weight) for weight, same in groupby(parts, key=itemgetter(1))]
     return merged or [("", 1.0)]
@@ -87,10 +87,9 @@ def _match_brackets(pieces: Sequence[re.Match]) -> tuple[dict[int, float], dict[
             if piece["weight"]:
                 opens[opened] = _number(piece["weight"])
     if unclosed := sum(map(len, waiting.values())):
-        warnings.warn(
+        checks.warn(
             f"brackets never closed: {unclosed}; they last to the end of the prompt. Write \\( or \\[ for a bracket "
-            "that is meant",
-            stacklevel=2,
+            "that is meant"
         )
     return opens, closes
 
@@ -106,11 +105,14 @@ def chunks(tokenizer: Tokenizer, prompt: str, backtrack: int = BACKTRACK) -> lis
     """A prompt's tokens, weighted, in chunks that the text tower has room for: at least one, and each may be empty.
 
     BREAK ends a chunk, inside brackets too (the web UI reads it as a word there). A chunk that is full ends at its last
-    comma, if at most `backtrack` tokens are pushed on to the next chunk with it.
+    comma, if at most `backtrack` tokens are pushed on to the next chunk with it. Tags that load something elsewhere,
+    such as `<lora:name:0.8>`, are left out, with a warning.
     """
+    if tags := TAG.findall(prompt):
+        checks.warn(f"{', '.join(tags)[:200]}: tags load nothing here and are left out of the prompt")
     sections: list[list[Token]] = [[]]
-    for text, weight in parse(prompt):
-        if text == BREAK:
+    for text, weight in parse(TAG.sub("", prompt)):
+        if weight is None:
             sections.append([])
         else:
             sections[-1] += [(i, weight) for i in tokenizer.encode(text)]
@@ -150,8 +152,9 @@ def weigh(context: Float[Tensor, "b n d"], weights: Float[Tensor, "b n"]) -> Flo
     weighted = context * weights[..., None]
     growth = weighted.mean((1, 2)) / context.mean((1, 2), dtype=weighted.dtype)
     # Where the means of all places have one sign, this is an average of the weights. Where they cancel out it could be
-    # anything, and the context would vanish or turn over: so it is kept between the least and the greatest weight.
-    growth = growth.clamp(weights.amin(1), weights.amax(1))
+    # anything, and the context would vanish or turn over: so it is kept between the least and the greatest weight, and
+    # where the least is no more than 0, above half of the weights' mean size.
+    growth = growth.clamp(torch.maximum(weights.amin(1), weights.abs().mean(1) / 2), weights.amax(1))
     return (weighted / growth[:, None, None]).to(context.dtype)
 
 
@@ -188,9 +191,8 @@ def _first_chunk(tokenizer: Tokenizer, prompt: str) -> list[list[Token]]:
     first, *others = chunks(tokenizer, prompt, backtrack=0)
     dropped = [i for chunk in others for i, _ in chunk]
     if dropped:
-        warnings.warn(
+        checks.warn(
             f"kept {len(first)} of {len(first) + len(dropped)} tokens, dropped {tokenizer.decode(dropped)[:200]!r}; "
-            'encode_text(..., long_prompts="chunk") keeps all',
-            stacklevel=2,
+            'long_prompts="chunk" keeps all'
         )
     return [first]

@@ -74,12 +74,13 @@ ddpm = euler_a = ancestral
 def heun(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noise: Noise) -> Steps:
     """Take an Euler step to look ahead, then go by the mean of both slopes (Karras et al. 2022, alg. 1); order 2.
 
-    A step to 0 is plain Euler, for there the second slope is 0 / 0: n steps cost 2n - 1 calls.
+    A step to 0 is plain Euler, for there the second slope is 0 / 0: n steps cost 2n - 1 calls. So is one out of pure
+    noise (zero terminal SNR): the mean of both slopes moves x by half of `sigma / sigma_next` times x0's change.
     """
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         eps = (x - x0) / sigma
-        if sigma_next > 0:
+        if sigma_next > 0 and sigma < 1e4:
             ahead = x + (sigma_next - sigma) * eps
             eps = (eps + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
         x = x + (sigma_next - sigma) * eps
@@ -109,13 +110,13 @@ ADAMS_BASHFORTH = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24,
 
 
 def plms(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noise: Noise) -> Steps:
-    """Take one Heun step, then Adams-Bashforth steps as if sigmas were even (PNDM: Liu et al. 2022); n + 1 calls."""
+    """Take one `heun` step, then Adams-Bashforth steps as if sigmas were even (PNDM: Liu et al. 2022); n + 1 calls."""
     slopes = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         slopes = [(x - x0) / sigma, *slopes[:3]]
         eps = sum(weight * slope for weight, slope in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes, strict=True))
-        if len(slopes) == 1 and sigma_next > 0:
+        if len(slopes) == 1 and sigma_next > 0 and sigma < 1e4:
             ahead = x + (sigma_next - sigma) * eps
             eps = (eps + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
         x = x + (sigma_next - sigma) * eps
@@ -231,7 +232,7 @@ class BrownianNoise:
     each has a path of its own. The path runs in sigma. A call returns its change from one level down to another, scaled
     to unit variance: changes over [a, b] and [b, c], scaled back, add up to that over [a, c]. `dpmpp_sde` needs this,
     for its intervals overlap; to other samplers, whose every interval starts where the last one ended, it is plain
-    fresh noise, bit for bit. The whole path is kept, one draw a level.
+    fresh noise, bit for bit. The whole path is kept, one draw a level, until `forget`.
     """
 
     def __init__(self, draw: Callable[[], State]):
@@ -245,6 +246,11 @@ class BrownianNoise:
         length = self.levels[last] - self.levels[first]
         parts = zip(self.changes[first:last], pairwise(self.levels[first : last + 1]), strict=True)
         return sum(sqrt((b - a) / length) * change for change, (a, b) in parts)
+
+    def forget(self, sigma: Tensor | float) -> None:
+        """Drop the path above a level: whoever has stepped down to it does not ask for that again."""
+        passed = bisect_left(self.levels, -float(sigma))
+        del self.levels[:passed], self.changes[:passed]
 
     def _index(self, sigma: Tensor | float) -> int:
         """Where a level stands in the path; an unknown one is drawn first."""

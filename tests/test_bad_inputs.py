@@ -103,6 +103,12 @@ def test_eta_outside_its_range_is_refused(idle, eta):
         idle("a cat", seed=1, steps=2, sampler=functools.partial(samplers.ancestral, eta=eta), progress=False)
 
 
+@pytest.mark.parametrize("order", [0, 5, 1.5])
+def test_orders_that_cannot_be_are_refused(idle, order):
+    with pytest.raises(ValueError, match=r"order .* from 1 to 4"):
+        idle("a cat", seed=1, steps=2, sampler=functools.partial(samplers.lms, order=order), progress=False)
+
+
 def test_a_setting_that_does_not_exist_is_named(idle):
     with pytest.raises(TypeError, match="stepz"):
         idle("a cat", stepz=3)
@@ -147,7 +153,7 @@ def test_a_dtype_that_networks_do_not_compute_in_lists_those_they_do(dtype):
 
 @pytest.mark.parametrize("device", ["tpu7", "cuda:99", "", None, 3.5, "meta"])
 def test_a_device_that_is_not_there_lists_those_that_are(device):
-    with pytest.raises(ValueError, match="there is: cpu"):
+    with pytest.raises(ValueError, match="choose one of: cpu"):
         minisd.load(device=device)
 
 
@@ -211,6 +217,24 @@ def test_out_of_memory_says_which_knob_to_turn_and_leaves_the_pipeline_usable():
 
     with pytest.raises(MemoryError, match="smaller size"):
         sd()("a cat", seed=1, steps=1, sampler=hungry, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("MPS backend out of memory (MPS allocated: 18.1 GB)", MemoryError),
+        ("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried", MemoryError),
+        ("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried", MemoryError),
+        ("CUDA error: an illegal memory access was encountered", RuntimeError),
+    ],
+)
+def test_only_what_says_that_memory_ran_out_is_taken_for_it(said, error):
+    def failing(*_):
+        raise RuntimeError(said)
+
+    with pytest.raises(error) as raised:
+        sd()("a cat", seed=1, steps=1, sampler=failing, progress=False)
+    assert type(raised.value) is error
     assert sd()("a cat", seed=1, steps=1, progress=False).size == (64, 64)
 
 

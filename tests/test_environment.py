@@ -4,6 +4,8 @@ import ast
 import importlib.metadata
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -103,3 +105,18 @@ def test_everything_imported_is_declared(paths, requirements):
             for name in third_party(path):
                 homes = {canonicalize_name(home) for home in DISTRIBUTIONS.get(name, [name])}
                 assert homes & set(requirements), f"{path.relative_to(ROOT)} imports {name}, which is not declared"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat", 'a sign that says "hello world"', '"a (cat)"', "a `echo dog`", "it's a cat; ls", "$HOME"]
+)
+def test_make_hands_a_prompt_on_as_it_was_written(tmp_path, prompt):
+    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/.ready").touch()
+    command = tmp_path / ".venv/bin/minisd"
+    command.write_text('#!/bin/sh\nprintf "%s" "$1"\n')
+    command.chmod(0o755)
+    asked = ["make", "--silent", "picture", "PROMPT=" + prompt.replace("$", "$$")]  # make's own sign
+    assert subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == prompt

@@ -20,7 +20,7 @@ ORDER = """
     tokenizer prompt clip vae unet classifier depth denoiser hooks
     weights
     adapters
-    run
+    settings
     pipeline
     train
     critters evaluate

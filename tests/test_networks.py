@@ -7,7 +7,7 @@ import torch
 from peers import randomise, text_peer, unet_peer, vae_peer
 
 from minisd import config
-from minisd.clip import CLIP, TextTower
+from minisd.clip import CLIP, ImageTower, TextTower
 from minisd.config import CRITTERS_512, ImageTowerConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.layers import timestep_embedding
 from minisd.unet import UNet
@@ -137,3 +137,9 @@ def test_clip_prefers_what_it_was_shown_in_a_tiny_fit():
         optimizer.step()
     assert (clip.similarity(image, ids).argmax(1) == torch.arange(4)).all()
     assert torch.allclose(clip.image.embed(image).norm(dim=1), torch.ones(4), atol=1e-5)
+
+
+def test_an_image_tower_looks_at_any_picture_in_its_own_size():
+    tower = ImageTower(ImageTowerConfig(size=16, patch=8, width=16, layers=1, heads=2, projection=8))
+    for shape in ((16, 16), (32, 16), (16, 32)):
+        assert tower.embed(torch.randn(2, 3, *shape)).shape == (2, 8)

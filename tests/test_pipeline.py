@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ import minisd
 from minisd import image, samplers, schedule
 from minisd.devices import fast_dtype
 from minisd.pipeline import StableDiffusion
+from minisd.settings import Settings
 from minisd.unet import UNet
 from minisd.weights import read_config, save_module, write_config
 
@@ -222,7 +224,7 @@ def test_a_mask_is_cropped_as_its_picture_is(size):
     with pytest.warns(UserWarning) as said:
         drawn = sd().inpaint("a cat", Image.new("RGB", size, "orange"), mask, seed=1, steps=1, progress=False)
     assert not any("the mask is resized" in str(w.message) for w in said)
-    kept = image.fit(mask, drawn.size).point(lambda value: 255 * (value >= 128))
+    kept = image.fit(mask, drawn.size)
     changed = (pixels(drawn) != pixels(Image.new("RGB", drawn.size, "orange"))).any(-1)
     assert not changed[pixels(kept) == 0].any()
 
@@ -352,3 +354,100 @@ def test_long_prompts_in_chunks_draw_with_a_short_negative_one():
         cut = sd()(prompt, seed=1, **QUICK)
     whole = sd()(prompt, negative="a dog", long_prompts="chunk", seed=1, **QUICK)
     assert whole.tobytes() != cut.tobytes() and whole.info["long_prompts"] == "chunk"
+
+
+@pytest.mark.parametrize("way", ["__call__", "text_to_image", "latents", "img2img", "inpaint", "depth2img", "upscale"])
+def test_every_way_to_draw_names_every_setting(way):
+    taken = inspect.signature(getattr(StableDiffusion, way)).parameters
+    for field in dataclasses.fields(Settings):
+        assert taken[field.name].default == field.default and taken[field.name].annotation == field.type, field.name
+
+
+def test_equal_texts_are_encoded_once(monkeypatch):
+    model, read = sd(), []
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda texts, **how: read.append(list(texts)) or encode(texts, **how))
+    model(["a cat", "a dog", "a cat"], n=2, seed=1, **QUICK)
+    assert read == [["a cat", "a dog", ""]]
+
+
+def test_what_cannot_fit_is_refused_before_the_prompts_are_read(monkeypatch):
+    monkeypatch.setattr("minisd.pipeline.free_memory", lambda device: 2**20)
+    monkeypatch.setattr(sd(), "encode_text", lambda *_, **__: pytest.fail("they were read"))
+    with pytest.raises(ValueError, match="10000 pictures of 64 x 64 would take about"):
+        sd()("a cat", n=10_000, **QUICK)
+    with pytest.raises(ValueError, match="1 picture of 512 x 512 would"):
+        sd()("a cat", size=512, **QUICK)
+
+
+def test_warnings_point_at_the_line_that_asked():
+    with pytest.warns(UserWarning) as said:
+        sd().img2img("(a cat", photograph(63, 65), negative="a dog", guidance=1, seed=1, **QUICK)
+    assert len(said) == 3 and {warning.filename for warning in said} == {__file__}
+
+
+def in_blue(monkeypatch, model):
+    """Whatever is drawn comes out blue."""
+    blue = torch.tensor([-1.0, -1.0, 1.0]).view(1, 3, 1, 1)
+    monkeypatch.setattr(model, "decode", lambda z, tile=None: blue.expand(len(z), 3, 8 * z.shape[2], 8 * z.shape[3]))
+    return model
+
+
+def test_where_a_mask_is_grey_old_and_new_are_blended_by_it(monkeypatch):
+    grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    orange = Image.new("RGB", (64, 64), (255, 165, 0))
+    drawn = in_blue(monkeypatch, sd()).inpaint("a cat", orange, Image.fromarray(grey), seed=1, **QUICK)
+    share = grey[..., None] / 255
+    assert np.abs(pixels(drawn) - ((1 - share) * [255, 165, 0] + share * [0, 0, 255])).max() <= 1
+    assert (pixels(drawn)[:, 0] == [255, 165, 0]).all() and (pixels(drawn)[:, 63] == [3, 2, 252]).all()
+
+
+def test_what_a_jpeg_leaves_of_black_redraws_nothing():
+    with pytest.warns(UserWarning, match="all black"):
+        drawn = sd().inpaint("a cat", photograph(), Image.new("L", (64, 64), 7), seed=1, **QUICK)
+    assert drawn.tobytes() == photograph().tobytes()
+
+
+def test_every_pixel_of_a_thin_stroke_lies_in_a_cell_that_is_redrawn():
+    model, mask = with_channels(9), Image.new("L", (64, 64), 0)
+    mask.paste(255, (11, 9, 14, 60))  # it misses the first pixel of every cell
+    model.inpaint("a cat", photograph(), mask, seed=1, **QUICK)
+    cells = torch.zeros(8, 8)
+    cells[1:8, 1] = 1
+    assert torch.equal(model.shown[0][0][0, 0], cells)
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [
+        Image.fromarray(np.tile(np.linspace(500, 4500, 64).round().astype(np.uint16), (64, 1))),
+        Image.fromarray(np.tile(np.linspace(-3, 2, 64, dtype=np.float32), (64, 1))),
+    ],
+    ids=["16 bits", "floating point"],
+)
+def test_depths_keep_all_their_levels(depth):
+    model = with_channels(5)
+    model.depth2img("a cat", photograph(512, 512), depth=depth, seed=1, **QUICK)
+    seen = model.shown[0][0][0, 0]
+    assert torch.allclose(seen, torch.linspace(-1, 1, 64).expand(64, 64), atol=1e-3)  # what 8 bits can't tell
+
+
+def test_depths_that_are_no_numbers_are_refused():
+    depth = Image.fromarray(np.full((64, 64), np.inf, dtype=np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        with_channels(5).depth2img("a cat", photograph(), depth=depth, seed=1, **QUICK)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_works_in_float32():
+    model = tiny()
+    with torch.no_grad():
+        model.vae.decoder.conv_in.weight.mul_(3e4).clamp_(-6e4, 6e4)
+    z = 1000 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half().float()
+    expected = tiny().to(dtype=torch.float16)  # its weights, rounded as those of the one below
+    with torch.no_grad():
+        expected.vae.decoder.conv_in.weight.copy_(model.vae.decoder.conv_in.weight)
+    expected = expected.to(dtype=torch.float32).decode(z)
+    model.to(dtype=torch.float16)
+    with pytest.warns(UserWarning, match=r'overflowed in torch\.float16.*dtype="float32"'):
+        assert torch.allclose(model.decode(z), expected, atol=1e-5)
+    assert model.vae.decoder.conv_in.weight.dtype == torch.float16

@@ -1,5 +1,8 @@
 """Figures come out at the size asked for, with every point and line in its colour, and no label on another."""
 
+import threading
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -34,3 +37,18 @@ def test_labels_of_lines_that_meet_are_moved_apart():
     lines = {"one": [0.0, 1.0], "other": [1.0, 1.0]}
     image = plots.show(plots.curves([0, 1], lines, "x", "y"), width=4)
     assert all(pixels_of(image, color).any() for color in plots.COLORS[:2])
+
+
+def test_two_threads_leave_the_settings_as_they_were():
+    before, first_in, second_in = dict(matplotlib.rcParams), threading.Event(), threading.Event()
+
+    def first(axes):  # it goes on drawing while the second begins, if that may
+        first_in.set()
+        second_in.wait(0.5)
+
+    slider = threading.Thread(target=plots.show, args=(first,))
+    slider.start()
+    first_in.wait(10)
+    plots.show(lambda axes: second_in.set())
+    slider.join(10)
+    assert {name for name, value in matplotlib.rcParams.items() if before[name] != value} == set()

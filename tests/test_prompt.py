@@ -39,7 +39,8 @@ def context(prompts, **settings):
 @unclosed
 @pytest.mark.parametrize("case", GOLDEN["attention"], ids=[case["text"][:24] for case in GOLDEN["attention"]])
 def test_texts_and_weights_are_those_of_the_web_ui(case):
-    assert parse(case["text"]) == [tuple(part) for part in case["parsed"]]
+    parsed = [(text, None if text == "BREAK" else weight) for text, weight in case["parsed"]]  # it has -1 there
+    assert parse(case["text"]) == parsed
 
 
 def plain_parse(prompt):
@@ -354,3 +355,32 @@ def test_a_clip_skip_that_cannot_be_is_refused(clip_skip):
 def test_a_way_with_long_prompts_that_does_not_exist_is_refused(long_prompts):
     with pytest.raises(ValueError, match=f"long_prompts is {long_prompts!r}.*'cut' or 'chunk'"):
         context("a cat", long_prompts=long_prompts)
+
+
+def test_BREAK_ends_a_chunk_at_weight_zero_too():
+    assert parse("(a BREAK b:0)") == [("a", 0.0), ("BREAK", None), ("b", 0.0)]
+    assert [[weight for _, weight in chunk] for chunk in chunks(LETTERS, "(a BREAK b:0)")] == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("tag", ["<lora:fluffy:0.8>", "<LORA:a b:1:0.5>", "<hypernet:cats:1>", "<lyco:x>"])
+def test_tags_of_other_tools_are_left_out_and_it_is_said(tag):
+    with pytest.warns(UserWarning, match=re.escape(tag)):
+        assert chunks(LETTERS, f"a {tag} cat") == chunks(LETTERS, "a  cat")
+    assert chunks(LETTERS, "a <3 lora:b> cat") != chunks(LETTERS, "a  cat")  # not a tag
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_contexts_stay_finite_and_as_large_at_weights_of_zero_and_less(weight):
+    generator = torch.Generator().manual_seed(0)
+    for words in range(1, 76, 6):
+        z, weights = torch.randn(20, 77, 16, generator=generator), torch.ones(20, 77)
+        weights[:, 1 : 1 + words] = weight
+        growth = (weigh(z, weights) / z)[:, 0, 0]  # of a place of weight 1: what the mean's restoring does
+        assert ((growth >= 1 - 1e-6) & (growth <= 2 * 77 / weights.abs().sum(1) + 1e-6)).all()
+
+
+def test_zero_weights_restore_the_mean_as_the_web_ui_does():
+    z, weights = torch.rand(1, 77, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 77)
+    weights[0, 2:5] = 0
+    expected = z * weights[..., None]
+    torch.testing.assert_close(weigh(z, weights), expected * z.mean() / expected.mean())

@@ -428,3 +428,23 @@ def test_zero_terminal_snr_loses_nothing_in_float32(sampler, tolerance):
         for d in (torch.float64, torch.float32)
     )
     torch.testing.assert_close(single.double(), double, rtol=0, atol=tolerance)
+
+
+def test_a_path_above_a_level_can_be_forgotten():
+    whole, short = brownian(5), brownian(5)
+    for noise in (whole, short):
+        noise(9, 4)
+    short.forget(4)
+    assert short.levels == [-4] and short.changes == []
+    assert torch.equal(whole(4, 1), short(4, 1)) and torch.equal(whole(4, 2), short(4, 2))
+    short.forget(1)
+    assert short.levels == [-1]
+
+
+@pytest.mark.parametrize("sampler", [samplers.euler, samplers.heun, samplers.plms, samplers.lms, samplers.dpmpp_2m])
+def test_pure_noise_becomes_the_data(sampler):
+    """From zero terminal SNR, for data of mean 0.3 and variance 0.9, whose denoiser is known."""
+    plan = sch.plan(SD.with_zero_terminal_snr(), 8, "trailing")
+    start = plan.init_scale * torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    *_, (x, _) = sampler(lambda x, s: 0.3 + 0.9 / (0.9 + s**2) * (x - 0.3), start, plan.sigmas, None)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.05) and 0.7 < x.std() < 1
