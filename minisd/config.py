@@ -94,6 +94,7 @@ class ScheduleConfig:
     name: Literal["linear", "cosine", "scaled_linear"] = "scaled_linear"
     steps: int = 1000
     ends: tuple[float, float] | None = None  # the first and the last beta, where they are not the schedule's own
+    zero_terminal_snr: bool = False  # stretched so that the last step is pure noise
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of them, and say what is wrong with the rest. Nothing written ever replaces a fi
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from torch import Tensor
 from . import checks
 from .files import replacing
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others are rare, or run a program of their own
 MAX_PIXELS = 89_000_000  # a larger picture is taken for a decompression bomb
 
 
@@ -34,7 +36,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, at a lower limit
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise ValueError(
@@ -45,8 +47,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a picture of a known kind (PNG, JPEG, WebP, TIFF, ...)") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture of a known kind ({', '.join(FORMATS)})") from error
+    except Exception as error:  # what damaged files raise has no class in common
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -57,6 +59,12 @@ def read(path: str | Path, background: str = "white") -> Image.Image:
     """
     with _opened(path) as image:
         return to_rgb(image, background)
+
+
+def read_depth(path: str | Path) -> Image.Image:
+    """Reads a picture of depths, upright, with all levels that it has. Raises as `read` does."""
+    with _opened(path) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -201,11 +209,21 @@ def check_output(path: str | Path, suffix: str = ".png", force: bool = False) ->
         raise FileExistsError(f"{path} exists and is kept; choose another name, or pass force=True (--force)")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: the folder {path.parent.resolve()} can't be written to")
+    try:  # under a name as long as the longest that saving needs
+        trial = path.with_name(f".{path.name}.{os.getpid()}.check.part")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise type(error)(f"{path}: nothing can be written there ({error.strerror})") from error
     if (free := shutil.disk_usage(path.parent).free) < 2**24:
         raise OSError(f"{path}: only {free / 2**20:.0f} MiB are left on the disk")
     return path
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or where a file has come up there meanwhile, the next free one: `cat.png`, `cat-2.png`, ..."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def save(

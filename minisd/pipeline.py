@@ -211,7 +211,7 @@ class StableDiffusion:
         )  # fmt: skip
         self._must_take(4, 9)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
-        run = self._run(prompt, settings, picture.size, strength)
+        run = self._run("img2img", prompt, settings, picture.size, strength)
         return self._redraw(run, picture)
 
     def inpaint(
@@ -234,7 +234,7 @@ class StableDiffusion:
         )  # fmt: skip
         self._must_take(4, 9)
         picture, mask = self._picture_and_mask(picture, mask)
-        run = self._run(prompt, settings, picture.size, strength)
+        run = self._run("inpaint", prompt, settings, picture.size, strength)
         white = (images.from_pil(mask)[:, :1] > FAINT / 127.5 - 1).float()
         if not white.any():
             checks.warn("the mask is all black: nothing is redrawn; paint white what should change")
@@ -270,7 +270,7 @@ class StableDiffusion:
         )  # fmt: skip
         self._must_take(5)
         picture = images.fit(images.to_rgb(picture), multiple=self.vae.config.factor)
-        run = self._run(prompt, settings, picture.size, strength)
+        run = self._run("depth2img", prompt, settings, picture.size, strength)
         if depth is None:
             disparity = self.estimate_depth(images.from_pil(picture))
         else:
@@ -298,7 +298,7 @@ class StableDiffusion:
         noise_level = checks.integer("noise_level", noise_level, 0, MAX_NOISE_LEVEL)
         small = images.from_pil(images.to_rgb(picture))
         factor, cells = self.vae.config.factor, small.shape[-2:]
-        run = self._run(prompt, settings, (cells[1] * factor, cells[0] * factor))
+        run = self._run("upscale", prompt, settings, (cells[1] * factor, cells[0] * factor))
         run.info["noise_level"] = noise_level
         label = torch.tensor([noise_level])
         noised = self.schedule.add_noise(
@@ -308,12 +308,12 @@ class StableDiffusion:
 
     # What the ways have in common
 
-    def _run(self, prompt: Texts, settings: Settings, size: tuple[int, int], strength: float = 1.0) -> Run:
+    def _run(self, way: str, prompt: Texts, settings: Settings, size: tuple[int, int], strength: float = 1.0) -> Run:
         """A call, checked: what can't be and what can't fit is refused before the long work."""
         settings = settings.of(self.config, len(self.schedule.betas))
         self._check_memory(len(checks.prompts(prompt)) * settings.n, *size, settings.tile)
         run = Run(self.config, self.schedule, self.encode_text, prompt, settings, strength)
-        run.info["dtype"] = str(self.dtype).removeprefix("torch.")
+        run.info |= {"way": way, "size": "{}x{}".format(*size), "dtype": str(self.dtype).removeprefix("torch.")}
         return run
 
     def _from_noise(
@@ -323,7 +323,7 @@ class StableDiffusion:
         self._must_take(4, 9)
         factor = self.vae.config.factor
         width, height = checks.size(self.config.size if size is None else size, factor)
-        return self._run(prompt, settings, (width, height)), (height // factor, width // factor)
+        return self._run("text_to_image", prompt, settings, (width, height)), (height // factor, width // factor)
 
     def _redraw(
         self, run: Run, picture: Image.Image, mask: Tensor | None = None, concat: Tensor | None = None

@@ -94,7 +94,8 @@ SCHEDULES = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}
 
 def from_config(config: ScheduleConfig) -> NoiseSchedule:
     """The schedule that a model was trained with."""
-    return SCHEDULES[config.name](config.steps, *config.ends or ())
+    schedule = SCHEDULES[config.name](config.steps, *config.ends or ())
+    return schedule.with_zero_terminal_snr() if config.zero_terminal_snr else schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +139,8 @@ def plan(
 
     Raises a ValueError for steps that are no whole number from 1 to T (to 50 for "lcm"), and for an unknown spacing.
     """
-    if spacing not in TIMESTEPS and spacing not in SIGMAS:
-        raise ValueError(f"spacing is {spacing!r}; it must be one of {', '.join([*TIMESTEPS, *SIGMAS])}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
     T = len(schedule.betas)
     most = (LCM_STEPS if spacing == "lcm" else T) - drop_penultimate
     steps = integer(f"steps ({spacing})", steps, 1, most)
@@ -189,3 +190,4 @@ SIGMAS = {
     "karras": _karras,
     "exponential": lambda highest, lowest, ramp: highest * (lowest / highest) ** ramp,
 }
+SPACINGS = (*TIMESTEPS, *SIGMAS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks, samplers
 from .config import ModelConfig
-from .schedule import NoiseSchedule, plan
+from .schedule import SPACINGS, NoiseSchedule, plan
 from .vae import TILES
 
 MAX_GUIDANCE = 100.0
@@ -49,6 +49,9 @@ class Settings:
         sampler = getattr(samplers, config.sampler) if self.sampler is None else self.sampler
         if not callable(sampler):
             raise ValueError(f"sampler is {sampler!r}; it must be a function such as minisd.samplers.euler")
+        schedule = config.spacing if self.schedule is None else self.schedule
+        if schedule not in SPACINGS:
+            raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SPACINGS)}")
         knobs = sampler.keywords if isinstance(sampler, functools.partial) else {}
         if "eta" in knobs:
             checks.number("eta", knobs["eta"], 0, 1)
@@ -63,7 +66,7 @@ class Settings:
             ),
             rescale=checks.number("rescale", self.rescale, 0, 1),
             sampler=sampler,
-            schedule=config.spacing if self.schedule is None else self.schedule,
+            schedule=schedule,
             tile=None if self.tile is None else checks.integer("tile", self.tile, *TILES),
         )
 
@@ -104,8 +107,10 @@ class Run:
         self.info: dict[str, Any] = {
             "model": config.name, "steps": settings.steps, "guidance": settings.guidance, "rescale": settings.rescale,
             "sampler": name(settings.sampler), "schedule": settings.schedule, "strength": self.strength,
-            "tile": settings.tile, "long_prompts": settings.long_prompts, "clip_skip": settings.clip_skip,
+            "long_prompts": settings.long_prompts,
         }  # fmt: skip
+        optional = {"tile": settings.tile, "clip_skip": settings.clip_skip}
+        self.info |= {knob: value for knob, value in optional.items() if value is not None}
 
         texts = self.prompts if settings.guidance == 1 else self.prompts + self.negatives
         different = list(dict.fromkeys(texts))  # each is encoded once

@@ -1,8 +1,13 @@
 """Whatever comes in: one clear error that says what came and what is allowed, before anything is done."""
 
 import functools
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from minisd import __main__ as command_line
 from minisd import image, samplers
 from minisd.weights import save_module, write_config
 
+ROOT = Path(__file__).parents[1]
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (64, 64), "orange")
 MASK = Image.new("L", (64, 64), 255)
@@ -295,6 +301,75 @@ def test_info_lists_what_a_file_of_weights_holds(minisd_command, model, tmp_path
     assert status == 0 and "\\x1b[31mred" in said and "\x1b" not in said
 
 
+def test_info_says_how_to_draw_the_picture_again(minisd_command, tmp_path):
+    image.save(PICTURE, tmp_path / "start it.png")
+    image.save(MASK, tmp_path / "mask.png")
+    for arguments in (
+        ["it's a cat", "--size", "64x32", "--sampler", "heun", "--tile", "8", "--clip-skip", "1"],
+        ["img2img", "a cat", "start it.png", "--strength", "0.5", "--negative", "a dog"],
+        ["inpaint", "a cat", "start it.png", "mask.png", "--schedule", "trailing"],
+    ):
+        status, _, error = minisd_command(*arguments, "-o", "first.png", "--force")
+        assert status == 0, error
+        _, said, _ = minisd_command("info", "first.png")
+        (again,) = (line.removeprefix("again: ") for line in said.splitlines() if line.startswith("again: "))
+        words = shlex.split(again)
+        assert words[0] == "minisd"
+        model = words.index("--model")  # its name is no path
+        status, _, error = minisd_command(*words[1:model], *words[model + 2 :], "-o", "second.png", "--force")
+        assert status == 0, error
+        first, second = (Image.open(tmp_path / f"{name}.png") for name in ("first", "second"))
+        assert first.tobytes() == second.tobytes() and first.info == second.info
+
+
+def test_info_looks_at_a_files_first_bytes(minisd_command, model, tmp_path):
+    shutil.copy(f"{model}/vae.safetensors", tmp_path / "weights")
+    status, said, _ = minisd_command("info", "weights")
+    assert status == 0 and re.search(r"\d+ tensors, [\d,]+ numbers", said)
+
+
+def test_a_warning_is_one_line_that_speaks_of_the_command(minisd_command, tmp_path):
+    status, _, error = minisd_command("(a cat")
+    assert status == 0 and re.search(r"^minisd: brackets never closed: 1; .*\.$|^minisd: brackets never", error, re.M)
+    assert "Warning" not in error and ".py" not in error
+
+
+def test_a_file_that_comes_up_meanwhile_is_kept_and_the_pictures_have_other_names(
+    minisd_command, tmp_path, monkeypatch
+):
+    load = minisd.pipeline.load
+
+    def meanwhile(*arguments, **settings):
+        (tmp_path / "b-2.png").write_text("another's")
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(minisd.pipeline, "load", meanwhile)
+    status, said, _ = minisd_command("a cat", "-n", "3", "-o", "b.png")
+    assert status == 0 and [Path(line.split("  ")[0]).name for line in said.splitlines()] == [
+        "b-1.png", "b-2-2.png", "b-3.png",
+    ]  # fmt: skip
+    assert (tmp_path / "b-2.png").read_text() == "another's"
+
+
+def test_the_command_shows_nothing_that_moves_a_terminal(minisd_command, tmp_path):
+    status, said, _ = minisd_command("a cat", "-o", "\x1b[31mred.png")
+    assert status == 0 and "\\x1b[31mred.png" in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("closed", "environment"),
+    [("2>&-", {}), (">&-", {}), ("", {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"})],
+    ids=["no standard error", "no standard output", "latin-1"],
+)
+def test_the_command_draws_whatever_it_speaks_to(model, tmp_path, closed, environment):
+    command = f'"{sys.executable}" -m minisd "(猫" --model "{model}" --steps 1 --seed 1 -o 猫.png {closed}'
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "猫.png").exists()
+
+
 USAGE = [
     (["a cat", "--steps", "0"], "steps is 0"),
     (["a cat", "--steps", "many"], "--steps.*valid integer"),
@@ -304,8 +379,9 @@ USAGE = [
     (["a cat", "--size", "64xx64"], "64xx64"),
     (["a cat", "--size", "-64"], "-64"),
     (["a cat", "--n", "0"], "n is 0"),
+    (["depth2img", "a cat", "start.png", "--model", "critters-512", "--steps", "1"], "draws from prompts"),
     (["a cat", "--sampler", "magic"], "'magic'.*euler"),
-    (["a cat", "--schedule", "magic"], "'magic'.*karras"),
+    (["a cat", "--schedule", "magic"], "schedule is 'magic'.*karras"),
     (["a cat", "--device", "tpu"], "'tpu'.*cpu"),
     (["a cat", "--dtype", "int4"], "'int4'.*bfloat16"),
     (["a cat", "--model", "nowhere"], "'nowhere'"),

@@ -131,7 +131,7 @@ def test_every_model_of_the_table_says_all_there_is_to_know():
         assert model.reader in told and ("was withdrawn by" in told) == bool(model.withdrawn)
         module, function = model.reader.rsplit(".", 1)
         assert callable(getattr(sys.modules[module], function))
-        commands = [command.name or command.callback.__name__ for command in command_line.app.registered_commands]
+        commands = list(command_line.app.commands)
         assert model.command is None or model.command.split()[1] in [*commands, '"a']
 
 
@@ -194,6 +194,18 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(hub, model, content):
     path.resolve().write_bytes(content[:1000])
     assert download("tiny") == path and path.read_bytes() == content
     assert len(hub.gets()) == 2
+
+
+@pytest.mark.parametrize("then", [404, "the same"])
+def test_another_file_that_other_programs_have_put_into_the_cache_stays_there(then, hub, model, content):
+    hub.contents[PUBLISHER, FILE] = other = content[:-1] + bytes([content[-1] ^ 1])
+    theirs = Path(huggingface_hub.hf_hub_download(PUBLISHER, FILE))
+    if then == 404:
+        hub.contents[PUBLISHER, FILE] = 404
+    assert f"{PUBLISHER} {'is not there' if then == 404 else 'has another file'}" in refused("tiny")
+    assert theirs.read_bytes() == other
+    hub.contents[MIRROR, FILE] = content
+    assert download("tiny").read_bytes() == content and theirs.read_bytes() == other
 
 
 def test_a_file_that_is_not_ours_is_left_alone(hub, model, content, tmp_path):

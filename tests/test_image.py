@@ -224,8 +224,15 @@ def test_where_nothing_can_be_saved_is_said_before_any_work(tmp_path, monkeypatc
     ]:
         with pytest.raises(error, match=message):
             im.check_output(path)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(PermissionError, match="can't be written"):
+    with pytest.raises(OSError, match="nothing can be written there"):
+        im.check_output(tmp_path / f"{'a' * 250}.png")  # a name that leaves no room for a temporary one's
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refused)
+    with pytest.raises(PermissionError, match=r"cat\.png: nothing can be written there \(Permission denied\)"):
         im.check_output(tmp_path / "cat.png")
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20}))

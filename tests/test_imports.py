@@ -78,7 +78,7 @@ def test_import_minisd_costs_torch_and_little_else():
         "matplotlib",
         "ipywidgets",
         "IPython",
-        "typer",
+        "click",
         "rich",
         "diffusers",
         "transformers",

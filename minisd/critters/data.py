@@ -337,8 +337,7 @@ class Latents:
     prompt does that knows what it wants; the rest leave out what they like. A cell weighs what its pixels weigh to the
     autoencoder, more in the eyes: the best prediction stays the same, its errors are mended in another order.
 
-    No picture is mirrored. Here a tail lies on the right; a network that also saw mirror images would have to choose a
-    side for each animal, and while it can't yet, it draws a tail on both.
+    No picture is mirrored: no word tells a picture from its mirror image, so that it would be one choice more.
     """
 
     DROPPED, WHOLE = 0.1, 0.5  # shares of the captions: left empty; of the others, those that leave nothing out
