@@ -149,7 +149,8 @@ def _draw(
     told["sampler"] = _sampler(told["sampler"])
     pictures = way(load(model.pop("model"), **model), told)
     for picture, path in zip(pictures if isinstance(pictures, list) else [pictures], paths, strict=True):
-        settings = picture.info | {name: file for name, file in files.items() if file is not None}
+        settings = {str(name): value for name, value in picture.info.items()}
+        settings |= {name: file for name, file in files.items() if file is not None}
         saved = images.save(picture, path if force else images.free_name(path), settings, force=force)
         click.echo(f"{_printable(str(saved.resolve()))}  (seed {picture.info['seed']})")
 

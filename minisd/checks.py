@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 MAX_SEED = 2**63 - 1
 OURS = ("minisd", "torch", "jaxtyping", "contextlib")  # packages between a reader's line and a warning
@@ -21,7 +21,7 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def integer(name: str, value: object, low: int, high: int) -> int:
+def integer(name: str, value: Any, low: int, high: int) -> int:
     """A whole number from `low` to `high`; True and 2.0 are not whole numbers here."""
     try:
         number = operator.index(value)
@@ -32,9 +32,10 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
+def number(name: str, value: Any, low: float, high: float) -> float:
     """A finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high or not math.isfinite(value):
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
     return float(value)
 

@@ -98,9 +98,6 @@ class ViTBlock(EncoderBlock):
         super().__init__(width, heads, quick=False)
         self.norm1.eps = self.norm2.eps = 1e-6
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return super().forward(x, causal=False)
-
 
 class ViT(nn.Module):
     """A transformer whose tokens are the places of a feature map, and one more that gathers (Dosovitskiy et al. 2021).
@@ -129,7 +126,7 @@ class ViT(nn.Module):
         x = x + self.resized_positions(*features.shape[-2:])
         tapped = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, causal=False)
             if i in self.taps:
                 tapped.append(x)
         return tapped
@@ -222,7 +219,8 @@ class DPT(nn.Module):
 
     def estimate(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
         """Disparities of pictures in [-1, 1] of any size, at the size of `network_size`: larger is nearer."""
-        size = network_size(*pixels.shape[-2:], self.config.size)
+        height, width = pixels.shape[-2:]
+        size = network_size(height, width, self.config.size)
         return self(F.interpolate(pixels, size=size, mode="bicubic"))
 
 

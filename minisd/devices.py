@@ -39,7 +39,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     told = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch can't say
-    capabilities = told() if device.type == "cpu" else {}
+    capabilities: dict[str, bool] = told() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 

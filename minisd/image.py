@@ -121,7 +121,8 @@ def fit(image: Image.Image, size: tuple[int, int] | None = None, multiple: int =
     Without a size, sides go down to the next multiple of `multiple`, with a warning where that changes the picture.
     """
     if size is None:
-        size = tuple(max(side // multiple, 1) * multiple for side in image.size)
+        width, height = (max(side // multiple, 1) * multiple for side in image.size)
+        size = width, height
         if size != image.size:
             checks.warn(
                 f"the picture is {image.width} x {image.height}; sides are multiples of {multiple}, "
@@ -149,7 +150,11 @@ def to_pil(pixels: Float[Tensor, "*b c h w"]) -> Image.Image | list[Image.Image]
     if not pixels.isfinite().all():
         raise ValueError("the picture holds values that are not finite (NaN or infinity)")
     if pixels.ndim == 4:
-        return [to_pil(picture) for picture in pixels]
+        return [one_to_pil(picture) for picture in pixels]
+    return one_to_pil(pixels)
+
+
+def one_to_pil(pixels: Float[Tensor, "c h w"]) -> Image.Image:
     eight_bit = ((pixels.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(eight_bit.squeeze(2) if eight_bit.shape[2] == 1 else eight_bit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checks, samplers
@@ -69,6 +70,37 @@ class StableDiffusion:
         for module in filter(None, (self.text, self.unet, self.vae, self.depth)):
             module.to(device=device, dtype=dtype)
         return self
+
+    def _parts(self) -> list[tuple[str, nn.Module, str]]:
+        """Name, network and what it does, of every part."""
+        config = self.config
+        width, cells = config.text.width, config.size // config.vae.factor
+        latent = f"{config.vae.latent_channels} x {cells} x {cells}"
+        does = {
+            "text": f"a prompt to {config.text.places} vectors of {width}",
+            "unet": f"a noisy latent of {latent}, its time and these vectors to {config.prediction}",
+            "vae": f"a picture of {config.size} x {config.size} to a latent and back",
+            "depth": "a picture to how near everything is",
+        }
+        return [(name, part, says) for name, says in does.items() if (part := getattr(self, name)) is not None]
+
+    def info(self) -> str:
+        """What the model is, in some lines: its networks, and what it draws with where nothing else is asked for."""
+        config = self.config
+        rows = [f"  {name:6}{count(part):>8}  {says}" for name, part, says in self._parts()]
+        ending = f"{config.steps} steps of {config.sampler}, spaced {config.spacing}, guidance {config.guidance:g}"
+        return "\n".join([repr(self), *rows, f"  drawn with {ending}"])
+
+    def __repr__(self) -> str:
+        total = count(*(part for _, part, _ in self._parts()))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<StableDiffusion {self.config.name}: {total} numbers, {dtype} on {self.device}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        cells = [[name, type(part).__name__, count(part), says] for name, part, says in self._parts()]
+        rows = ["".join(f"<td style='text-align:left'>{html.escape(text)}</td>" for text in row) for row in cells]
+        return f"{html.escape(repr(self))}<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the model for other tools: to a single file where the path ends in .safetensors, else to a diffusers
@@ -297,14 +329,15 @@ class StableDiffusion:
         self._must_take(7)
         noise_level = checks.integer("noise_level", noise_level, 0, MAX_NOISE_LEVEL)
         small = images.from_pil(images.to_rgb(picture))
-        factor, cells = self.vae.config.factor, small.shape[-2:]
-        run = self._run("upscale", prompt, settings, (cells[1] * factor, cells[0] * factor))
+        height, width = small.shape[-2:]
+        factor = self.vae.config.factor
+        run = self._run("upscale", prompt, settings, (width * factor, height * factor))
         run.info["noise_level"] = noise_level
         label = torch.tensor([noise_level])
         noised = self.schedule.add_noise(
-            small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, *cells)
+            small.expand(len(run), -1, -1, -1), label.expand(len(run)), run.noise(3, height, width)
         )
-        return self._draw(run, cells, concat=noised, label=label)
+        return self._draw(run, (height, width), concat=noised, label=label)
 
     # What the ways have in common
 
@@ -332,7 +365,8 @@ class StableDiffusion:
         if run.strength == 0:
             return run.finish([picture.copy() for _ in range(len(run))])
         latent = self.encode(images.from_pil(picture), run.settings.tile)
-        return self._draw(run, latent.shape[-2:], latent, mask, concat)
+        height, width = latent.shape[-2:]
+        return self._draw(run, (height, width), latent, mask, concat)
 
     @torch.no_grad()
     def _draw(
@@ -348,7 +382,7 @@ class StableDiffusion:
         for step in self._sample(run, cells, latent, mask, concat, label):
             x, _ = step
         with naming_the_knob():
-            return run.finish(images.to_pil(torch.cat([self.decode(z, run.settings.tile) for z in x.split(1)])))
+            return run.finish([images.one_to_pil(self.decode(z, run.settings.tile)[0]) for z in x.split(1)])
 
     @torch.no_grad()
     def _sample(
@@ -437,3 +471,8 @@ def load(
     if dtype is None:
         dtype = fast_dtype(device) if is_published(path) else torch.float32
     return StableDiffusion(**read_parts(path, check_dtype(dtype))).to(device)
+
+
+def count(*modules: nn.Module) -> str:
+    """How many numbers networks have: "6.9 M"."""
+    return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.1f} M"

@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,14 +22,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .image import to_pil
+from .image import one_to_pil
 
 Panel = Callable[[Axes], object]
 
 COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 DRAWING = threading.RLock()  # matplotlib's settings are one for all threads; a slider draws in one of its own
 GREY, PALE = "#666666", "#D8D8D8"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -76,7 +77,8 @@ def points(
 
     def draw(axes: Axes) -> None:
         colors = color if labels is None else np.array(COLORS)[labels.cpu().numpy()]
-        axes.scatter(*x.detach().cpu().numpy().T, s=size, c=colors, linewidths=0)
+        across, up = x.detach().cpu().numpy().T
+        axes.scatter(across, up, s=size, c=colors, linewidths=0)
         _plane(axes, limit)
 
     return draw
@@ -107,7 +109,7 @@ def picture(x: Float[Tensor, "3 h w"]) -> Panel:
     """A picture in [-1, 1]; what lies outside is clamped."""
 
     def draw(axes: Axes) -> None:
-        axes.imshow(to_pil(x), interpolation="nearest")
+        axes.imshow(np.asarray(one_to_pil(x)), interpolation="nearest")
         axes.axis("off")
 
     return draw

@@ -93,7 +93,7 @@ def lms(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noise: No
     The weight of a slope is the integral of its Lagrange polynomial from sigma to sigma_next (Hairer, Norsett &
     Wanner 1993, section III.5). Two Gauss points integrate a cubic exactly, so `order` may be 1 to 4.
     """
-    history = []
+    history: list[tuple[Sigma, State]] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         history = [(sigma, (x - x0) / sigma), *history[: order - 1]]
@@ -111,7 +111,7 @@ ADAMS_BASHFORTH = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24,
 
 def plms(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noise: Noise) -> Steps:
     """Take one `heun` step, then Adams-Bashforth steps as if sigmas were even (PNDM: Liu et al. 2022); n + 1 calls."""
-    slopes = []
+    slopes: list[State] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         slopes = [(x - x0) / sigma, *slopes[:3]]
@@ -148,11 +148,13 @@ def unipc(denoise: Denoise, x: State, sigmas: Float[Tensor, "n_plus_1"], noise: 
     `u` is the mean of u, and h - 2 u that of u (u - h). x0 is not predicted anew at the mended x, so n steps cost n
     calls. This is the paper's B(h) = e^h - 1 ("bh2"); with B(h) = h ("bh1") a step to 0 is infinity times 0.
     """
-    x0_old = slope = mean = ratio = h = h_old = None
+    x0_old = mean = ratio = h = h_old = None
+    slope: State | None = None
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         if x0_old is not None:  # mean, ratio and h are still those of the step that led here
-            slope_old, slope = slope, (x0 - x0_old) / h
+            slope_old = slope
+            slope = (x0 - x0_old) / h
             mended = x0_old + h / 2 * slope
             if slope_old is not None:
                 u = h / (1 - ratio) - 1
@@ -245,7 +247,7 @@ class BrownianNoise:
         first, last = self._index(sigma), self._index(sigma_next)
         length = self.levels[last] - self.levels[first]
         parts = zip(self.changes[first:last], pairwise(self.levels[first : last + 1]), strict=True)
-        return sum(sqrt((b - a) / length) * change for change, (a, b) in parts)
+        return sum((sqrt((b - a) / length) * change for change, (a, b) in parts), start=torch.zeros(()))
 
     def forget(self, sigma: Tensor | float) -> None:
         """Drop the path above a level: whoever has stepped down to it does not ask for that again."""

@@ -13,6 +13,7 @@ count from 0, as Stable Diffusion's do. Everything is float64 on the CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,7 +90,11 @@ def cosine(T: int = 1000) -> NoiseSchedule:
     return NoiseSchedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
-SCHEDULES = {"linear": linear, "cosine": cosine, "scaled_linear": scaled_linear}  # by the names in a config
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "scaled_linear": scaled_linear,
+}  # by the names in a config
 
 
 def from_config(config: ScheduleConfig) -> NoiseSchedule:

@@ -104,7 +104,7 @@ class Run:
         self.sigmas = whole.sigmas.float()[-max(1, round(self.strength * settings.steps)) - 1 :]
         self.init_scale = whole.init_scale
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.info: dict[str, Any] = {
+        self.info: dict[Any, Any] = {
             "model": config.name, "steps": settings.steps, "guidance": settings.guidance, "rescale": settings.rescale,
             "sampler": name(settings.sampler), "schedule": settings.schedule, "strength": self.strength,
             "long_prompts": settings.long_prompts,
@@ -131,8 +131,9 @@ class Run:
         noise = self.noise(*shape)
         return self.init_scale * noise if self.strength == 1 else latent + self.sigmas[0] * noise
 
-    def finish(self, pictures: list[Image.Image]) -> Pictures:
+    def finish(self, pictures: Sequence[Image.Image]) -> Pictures:
         """Note the settings in each picture; one for one prompt."""
+        pictures = list(pictures)
         for picture, prompt, negative, seed in zip(pictures, self.prompts, self.negatives, self.seeds, strict=True):
             picture.info = {"prompt": prompt, "negative": negative, "seed": seed, **self.info}
         return pictures[0] if self.single else pictures

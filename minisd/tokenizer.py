@@ -93,7 +93,7 @@ class Tokenizer:
         self.start, self.end = self.ids[START], self.ids[END]
         self.pad = self.end if pad == "end" else 0
         self.places, self.room = places, places - 2
-        self._known = {START: (self.start,), END: (self.end,)}
+        self._known: dict[str, tuple[int, ...]] = {START: (self.start,), END: (self.end,)}
 
     def __len__(self) -> int:
         return len(self.tokens)

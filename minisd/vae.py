@@ -184,7 +184,7 @@ def tiled(
     size = [max(1, side * tile // longest) * cell_in for side in (height, width)]
     pictures = []
     for picture in x.split(1):
-        whole = 0
+        whole = torch.zeros(())
         # every n-th pixel: an average would be smoother than the picture, and so vary less
         with fixed_norms(network, F.interpolate(picture, size=size, mode="nearest")):
             for top, bottom, down in windows(height, tile, cell_out):

@@ -256,7 +256,7 @@ def test_tracing_finds_the_surface():
     solid = pixels[hits.coverage == 1]
     assert solid.max() < 0.061 and solid.min() > -0.5
     origin, direction = camera.rays(a, camera.screen(size, "cpu"))
-    mask = torch.zeros(4, size * size).scatter(1, hits.index, hits.coverage)
+    mask = torch.zeros(4, size * size).scatter(1, hits.pixel, hits.coverage)
     lowest = torch.stack([field.field(a, origin + direction * t) for t in torch.linspace(5.6, 10.5, 120)]).amin(0)
     assert (lowest[mask == 0] > 0).all()
 

@@ -451,3 +451,20 @@ def test_an_autoencoder_that_overflows_in_half_precision_works_in_float32():
     with pytest.warns(UserWarning, match=r'overflowed in torch\.float16.*dtype="float32"'):
         assert torch.allclose(model.decode(z), expected, atol=1e-5)
     assert model.vae.decoder.conv_in.weight.dtype == torch.float16
+
+
+def test_a_model_says_what_it_is():
+    model = sd()
+    numbers = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("text", "unet", "vae")}
+    assert repr(model) == f"<StableDiffusion tiny: {sum(numbers.values()) / 1e6:.1f} M numbers, float32 on cpu>"
+    told = model.info().splitlines()
+    assert told[0] == repr(model) and told[-1] == "  drawn with 20 steps of dpmpp_2m, spaced karras, guidance 3"
+    for line, (name, n) in zip(told[1:-1], numbers.items(), strict=True):
+        assert line.split()[:2] == [name, f"{n / 1e6:.1f}"]
+    assert "4 x 8 x 8" in told[2]
+    page = model._repr_html_()
+    assert (
+        page.startswith("&lt;StableDiffusion tiny")
+        and page.count("<tr>") == 3
+        and "<td style='text-align:left'>UNet" in page
+    )

@@ -41,7 +41,7 @@ def attach(module: nn.Module, rank: int) -> None:
 
 def changes(module: nn.Module) -> dict[str, Tensor]:
     """What was attached to a network, by its layers' names: ready to be kept in a file."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             low_rank = layer.parametrizations.weight[0]

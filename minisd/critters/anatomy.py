@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ LIGHTS = {
 }
 
 # Each head: (value, relative jitter). Radii are x y z; an ear is a flattened tapered capsule from root to tip.
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "cat": {
         "skull": [(0.66, 0.04), (0.54, 0.04), (0.55, 0.03)],
         "cheek": [(0.34, 0.06), (-0.20, 0), (0.14, 0)],
@@ -136,7 +137,7 @@ STANDING = {
     "tail_cat": ((0.0, -0.38, -0.74), (0.0, -0.30, -1.30), (0.12, 0.50, -0.95)),
     "tail_dog": ((0.0, -0.38, -0.74), (0.0, -0.30, -1.30), (0.12, 0.55, -0.95)),
 }  # fmt: skip
-BODIES = {"portrait": SITTING, "sitting": SITTING, "lying": LYING, "standing": STANDING}
+BODIES: dict[str, dict[str, Any]] = {"portrait": SITTING, "sitting": SITTING, "lying": LYING, "standing": STANDING}
 TAIL_RADII = {"cat": (0.095, 0.075), "dog": (0.105, 0.07)}
 
 # camera: sideways spread, height, its spread, half-height of the picture, its relative jitter

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -432,7 +432,8 @@ class Depths(Latents):
 
     def __init__(self, renders: Renders, vae: VAE, tokenizer: Tokenizer, schedule: NoiseSchedule):
         super().__init__(renders, vae, tokenizer, schedule)
-        self.near = depth_channel(renders.disparities(CRITTERS_DEPTH.size), tuple(self.mean.shape[-2:]))
+        height, width = self.mean.shape[-2:]
+        self.near = depth_channel(renders.disparities(CRITTERS_DEPTH.size), (height, width))
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
         batch = super().batch(indices, generator)
@@ -484,7 +485,11 @@ class Stages(Latents):
     """
 
     STEPS, SUBSTEPS = 4, 3  # of the student; of the teacher, to each of the student's
-    DRAWN: ClassVar = {"steps": STEPS, "sampler": "euler", "spacing": "trailing"}  # how the student is to be used
+    DRAWN: ClassVar[dict[str, Any]] = {
+        "steps": STEPS,
+        "sampler": "euler",
+        "spacing": "trailing",
+    }  # how the student is to be used
 
     def times(self, count: int, generator: torch.Generator) -> Int[Tensor, "b"]:
         visited = plan(self.schedule, self.STEPS, "trailing").timesteps.long()

@@ -18,7 +18,7 @@ def occlusion(a: Anatomy, p: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     Ambient occlusion compares the field with its expected value along the normal; the soft shadow keeps the narrowest
     gap, in widths of the lamp, on the way to the light.
     """
-    blocked = 0
+    blocked = torch.zeros_like(p[0])
     for i in range(1, 5):
         blocked = blocked + (0.10 * i - field(a, p + n * (0.10 * i))).clamp(min=0) * 0.75**i
     gap, t = torch.ones_like(p[0]), torch.full_like(p[0], 0.06)

@@ -174,7 +174,7 @@ def oracle_loss(oracle: Oracle, batch: dict[str, Tensor]) -> tuple[Tensor, dict[
     logits, found = oracle(batch["image"], batch["look_at"])
     parts = misreadings(logits, batch)
     parts["eyes_at"] = 5 * (found - batch["eyes_at"]).norm(dim=-1).mean()
-    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+    return torch.stack([*parts.values()]).sum(), {name: part.detach() for name, part in parts.items()}
 
 
 def accuracy(oracle: Oracle, images: Float[Tensor, "b 3 h w"], scenes: list[Scene]) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
@@ -100,7 +100,7 @@ def mini_clip(config: ModelConfig) -> CLIP:
     return CLIP(config.text, CRITTERS_IMAGE_TOWER)
 
 
-def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
+def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Generator[Record]:
     """The autoencoder; then its scaling factor, one over the deviation of the latents of 512 renders."""
     config, data = shop.config, shop.data()
     module = shop.fresh(lambda: VAE(config.vae), run.seed)
@@ -113,7 +113,7 @@ def vae(shop: Workshop, run: TrainConfig = VAE_RUN) -> Iterator[Record]:
     shop.keep(dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling=scaling)), vae=module)
 
 
-def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
+def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Generator[Record]:
     """The autoencoder's decoder goes on by itself from where it is, and learns to bear the errors of drawn latents.
 
     The encoder and the latents stay as they are.
@@ -133,7 +133,7 @@ def decoder(shop: Workshop, run: TrainConfig = DECODER_RUN) -> Iterator[Record]:
     shop.keep(config, vae=module)
 
 
-def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
+def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Generator[Record]:
     """The tokenizer, trained on captions alone; then the noise predictor together with the text tower."""
     shop.require("vae")
     config, generator = shop.config, torch.Generator().manual_seed(run.seed)
@@ -148,7 +148,7 @@ def unet(shop: Workshop, run: TrainConfig = UNET_RUN) -> Iterator[Record]:
     shop.keep(config, text=module.text, unet=module.unet)
 
 
-def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Iterator[Record]:
+def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Generator[Record]:
     """The noise predictor goes on from where it is; the text tower, which other parts know by now, stays as it is."""
     shop.require("vae", "unet")
     module = Predictor(shop.part("text", TextTower(shop.config.text)), shop.part("unet", UNet(shop.config.unet)))
@@ -157,7 +157,7 @@ def refine(shop: Workshop, run: TrainConfig = REFINE_RUN) -> Iterator[Record]:
     shop.keep(shop.config, unet=module.unet)
 
 
-def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
+def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Generator[Record]:
     """The image tower, and the text tower's projection: they learn to agree with the text tower, which stays as it is.
 
     (Zhai et al. 2022, "LiT", with the other tower locked.)
@@ -172,7 +172,7 @@ def clip(shop: Workshop, run: TrainConfig = CLIP_RUN) -> Iterator[Record]:
     shop.keep(config, text=module.text, image_tower=module.image)
 
 
-def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
+def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Generator[Record]:
     """The network that reads attributes back from pictures, on the same renders."""
     data = shop.data()
     module = shop.fresh(Oracle, run.seed)
@@ -180,7 +180,7 @@ def oracle(shop: Workshop, run: TrainConfig = ORACLE_RUN) -> Iterator[Record]:
     shop.write(save_module, module, shop.folder / "oracle.safetensors")
 
 
-def segmenter(shop: Workshop, run: TrainConfig = SEGMENTER_RUN) -> Iterator[Record]:
+def segmenter(shop: Workshop, run: TrainConfig = SEGMENTER_RUN) -> Generator[Record]:
     """The network that tells parts, from half of the renders; then what is usual, counted on the others."""
     data = shop.data()
     images, parts, learnt = data.shrunk(SIZE), data.shrunk_parts(SIZE), len(data) // 2
@@ -193,19 +193,21 @@ def segmenter(shop: Workshop, run: TrainConfig = SEGMENTER_RUN) -> Iterator[Reco
     shop.write((shop.folder / "segmenter.json").write_text, table + "\n")
 
 
-def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+def inpaint(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Generator[Record]:
     """A variant that fills holes: it is also shown which cells to redraw, and the latent of the rest."""
     shop.require("vae", "unet")
     beside = 1 + shop.config.vae.latent_channels
     yield from shop.variant("inpaint", shop.latents(Holes), diffusion_loss, run, beside)
 
 
-def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Record]:
+def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Generator[Record]:
     """The depth estimator of the variant `depth`."""
 
     def make() -> DPT:
         module = DPT(CRITTERS_DEPTH)
-        nn.init.ones_(module.head[-2].bias)  # a disparity below zero is cut off, and would learn nothing
+        last = module.head[-2]
+        assert isinstance(last, nn.Conv2d), last
+        nn.init.ones_(last.bias)  # a disparity below zero is cut off, and would learn nothing
         return module
 
     module = shop.fresh(make, run.seed)
@@ -213,19 +215,19 @@ def estimator(shop: Workshop, run: TrainConfig = ESTIMATOR_RUN) -> Iterator[Reco
     shop.write(save_module, module, shop.beside("depth") / "depth.safetensors")
 
 
-def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+def depth(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Generator[Record]:
     """A variant that is also shown how near everything is to be."""
     shop.require("vae", "unet")
     yield from shop.variant("depth", shop.latents(Depths), diffusion_loss, run, beside=1, depth=CRITTERS_DEPTH)
 
 
-def upscale(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+def upscale(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Generator[Record]:
     """A variant that enlarges: it is also shown the picture in as many pixels as the latent has cells."""
     shop.require("vae", "unet")
     yield from shop.variant("upscale", shop.latents(Shrunk), diffusion_loss, run, beside=3)
 
 
-def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
+def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Generator[Record]:
     """A ControlNet that is shown edges; it is kept beside the model as what it has that the noise predictor has not."""
     shop.require("vae", "unet")
     config = shop.config
@@ -241,7 +243,7 @@ def control(shop: Workshop, run: TrainConfig = VARIANT_RUN) -> Iterator[Record]:
     shop.write(save_tensors, shop.model / "control.lora.safetensors", controlnet.differences(module))
 
 
-def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Record]:
+def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Generator[Record]:
     """A variant that draws in 4 steps of Euler, and needs no guidance: it is distilled into it."""
     shop.require("vae", "unet")
     teacher, schedule = shop.part("unet", UNet(shop.config.unet)), from_config(shop.config.schedule)
@@ -249,7 +251,7 @@ def distilled(shop: Workshop, run: TrainConfig = DISTILLED_RUN) -> Iterator[Reco
     yield from shop.variant("distilled", shop.latents(Stages), loss, run, guidance=1.0, **Stages.DRAWN)
 
 
-def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Record]:
+def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Generator[Record]:
     """A classifier of the model's noisy latents."""
     shop.require("vae", "unet")
     words = {name: len(words) for name, words in WORDS.items()}
@@ -258,7 +260,7 @@ def classifier(shop: Workshop, run: TrainConfig = CLASSIFIER_RUN) -> Iterator[Re
     shop.keep(shop.config, classifier=module)
 
 
-def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Iterator[Record]:
+def pixels(shop: Workshop, run: TrainConfig = PIXELS_RUN) -> Generator[Record]:
     """A noise predictor for pictures themselves, small ones, without words."""
     module = shop.fresh(lambda: UNet(CRITTERS_PIXELS), run.seed)
     yield from shop.run("pixels", module, noise_loss, SmallPictures(shop.data()), run)

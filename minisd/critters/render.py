@@ -112,8 +112,8 @@ def _spread(values: Float[Tensor, "*n b k"], index: Int[Tensor, "b k"], pixels: 
 def _distance(stage: backdrop.Stage, hits: trace.Hits) -> Float[Tensor, "b p"]:
     """How far away each pixel is: the critter's, else its background's."""
     far = backdrop.depth(stage)
-    solid = _spread(hits.coverage, hits.index, far.shape[1]) > SOLID
-    return torch.where(solid, _spread(hits.t, hits.index, far.shape[1]), far)
+    solid = _spread(hits.coverage, hits.pixel, far.shape[1]) > SOLID
+    return torch.where(solid, _spread(hits.t, hits.pixel, far.shape[1]), far)
 
 
 def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, Tensor]:
@@ -134,7 +134,7 @@ def _layers(a: Anatomy, scenes: list[Scene], size: int) -> tuple[styles.Layers, 
     shaded = place * (shadow + (1 - shadow) * tint)
 
     def spread(values: Tensor) -> Tensor:
-        return _spread(values, hits.index, size * size)
+        return _spread(values, hits.pixel, size * size)
 
     mask = spread(hits.coverage)
     solid = mask > SOLID

@@ -8,6 +8,8 @@ with what renders of the same species, pose and look show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -152,14 +154,14 @@ def group(scene: Scene) -> str:
 
 
 def as_usual(
-    usual: dict[str, list[tuple[int, int]]], scenes: list[Scene], counts: Int[Tensor, "n 6"]
+    usual: dict[str, list[tuple[int, int]]], scenes: Sequence[Scene], counts: Int[Tensor, "n 6"]
 ) -> Bool[Tensor, "n 6"]:
     """Whether each count lies between what is usual for its scene's group."""
     ends = torch.tensor([usual[group(scene)] for scene in scenes])  # n 6 2
     return (counts >= ends[..., 0]) & (counts <= ends[..., 1])
 
 
-def usual(scenes: list[Scene], counts: Int[Tensor, "n 6"], share: float = 0.01) -> dict[str, list[tuple[int, int]]]:
+def usual(scenes: Sequence[Scene], counts: Int[Tensor, "n 6"], share: float = 0.01) -> dict[str, list[tuple[int, int]]]:
     """For each group of scenes, what all but a `share` at either end of its renders show: lowest and highest counts."""
     groups: dict[str, list[int]] = {}
     for i, scene in enumerate(scenes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Stage:
         checks.integer("renders", self.renders, 1, 10**9)
         checks.integer("render_seed", self.render_seed, 0, 2**32 - 1)
 
-    def train(self, folder: Path, device: torch.device, workers: int, preset: ModelConfig) -> Iterator[Record]:
+    def train(self, folder: Path, device: torch.device, workers: int, preset: ModelConfig) -> Generator[Record]:
         """Run the recipe in a folder."""
         function, _ = RECIPES[self.recipe]
         shop = workshop.Workshop(folder, device, self.renders, preset, self.render_seed, workers)

@@ -163,7 +163,7 @@ def _step(x: Tensor) -> Tensor:
 
 def _noise(x: Layers, cells: int, generator: torch.Generator, octaves: int = 1) -> Tensor:
     """Smooth Gaussian noise of so many cells across, each octave twice as fine and half as strong, [1, 1, h, w]."""
-    size, total = x.mask.shape[-1], 0
+    size, total = x.mask.shape[-1], torch.zeros_like(x.mask[:1, :1])
     for octave in range(octaves):
         n = min(cells * 2**octave, size)
         coarse = torch.randn(1, 1, n, n, generator=generator).to(x.mask.device)

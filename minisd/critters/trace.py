@@ -39,10 +39,10 @@ LEVELS = (Level(8, 5, 0.72, 0.75), Level(2, 3, 0.80, 0.75), Level(1, 6, 0.95, 0.
 class Hits(NamedTuple):
     """The rays that meet the critter: k of them in every scene, the largest count in the batch.
 
-    `index` says to which pixel each belongs; a scene with fewer hits fills its list with rays whose coverage is 0.
+    `pixel` says to which one each belongs; a scene with fewer hits fills its list with rays whose coverage is 0.
     """
 
-    index: Tensor  # [b, k]
+    pixel: Tensor  # [b, k]
     t: Tensor  # [b, k] distance along the ray
     coverage: Tensor  # [b, k] share of the pixel that the critter covers, 0..1
     direction: Tensor  # [3, b, k]
@@ -97,12 +97,12 @@ def _march(a: Anatomy, origin: Tensor, direction: Tensor, t: Tensor, close: Tens
 
     After every round only those still on their way go on.
     """
-    state = (t, torch.full_like(t, 9.0), t)
+    state: tuple[Tensor, ...] = (t, torch.full_like(t, 9.0), t)
     order = torch.arange(t.shape[1], device=t.device).expand(t.shape)
     for _ in range(level.rounds):
         ways, some = _at(direction, order), tuple(x.gather(1, order) for x in state)
         for _ in range(ROUND):
-            some = _step(a, origin, ways, *some, close, level.caution)
+            some = _step(a, origin, ways, some, close, level.caution)
         state = tuple(x.scatter(1, order, y) for x, y in zip(state, some, strict=True))
         t, nearest, _ = state
         walking = (nearest > close) & (t < FAR)
@@ -116,13 +116,12 @@ def _step(
     a: Anatomy,
     origin: Tensor,
     direction: Tensor,
-    t: Tensor,
-    nearest: Tensor,
-    closest: Tensor,
+    state: tuple[Tensor, ...],
     close: Tensor,
     caution: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """March every ray by one step; keep the smallest distance met and where it was."""
+    t, nearest, closest = state
     distance = field(a, origin + direction * t)
     closest = torch.where(distance < nearest, t, closest)
     nearest = torch.minimum(nearest, distance)

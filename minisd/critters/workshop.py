@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,14 @@ from ..adapters import lora
 from ..clip import TextTower
 from ..config import CRITTERS_512, ModelConfig
 from ..schedule import from_config
-from ..train.loop import Record, TrainConfig, fit, share
+from ..train.loop import Data, Record, TrainConfig, fit, share
 from ..train.losses import Predictor
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import read_config, read_module, read_tokenizer, save_module, save_tensors, write_config
 from .data import Latents, Renders
+
+M = TypeVar("M", bound=nn.Module)
 
 RENDERS = 5_000
 RANK = 16  # of a variant's changes
@@ -72,18 +74,19 @@ class Workshop:
         tokenizer, schedule = read_tokenizer(self.model, self.config), from_config(self.config.schedule)
         return kind(self.data(), self.part("vae", VAE(self.config.vae)), tokenizer, schedule)
 
-    def part(self, name: str, module: nn.Module) -> nn.Module:
+    def part(self, name: str, module: M) -> M:
         """A finished part of the model, frozen."""
         return read_module(module, self.model / f"{name}.safetensors").to(self.device)
 
-    def fresh(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    def fresh(self, make: Callable[[], M], seed: int) -> M:
         """A new module with weights drawn from a seed; the global random state stays as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             module = make()
-        return module.to(self.device, memory_format=torch.channels_last)  # how convolutions like their memory
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # how convolutions like memory
+        return module.to(self.device)
 
-    def run(self, name: str, module: nn.Module, loss: Callable, data: object, config: TrainConfig) -> Iterator[Record]:
+    def run(self, name: str, module: nn.Module, loss: Callable, data: Data, config: TrainConfig) -> Generator[Record]:
         """Train with a checkpoint, and a table beside it: step, loss, learning rate, gradient's norm.
 
         A run that goes on after a crash repeats some rows.
@@ -116,7 +119,7 @@ class Workshop:
 
     def variant(
         self, name: str, data: Latents, loss: Callable, run: TrainConfig, beside: int = 0, **changed: Any
-    ) -> Iterator[Record]:
+    ) -> Generator[Record]:
         """Another model that shares all parts of this one, with low-rank changes of its noise predictor.
 
         The predictor is also shown `beside` more channels. Their weights start at zero and are kept whole: at first it
@@ -144,7 +147,7 @@ class Workshop:
 
 def widened(conv: nn.Conv2d, beside: int) -> nn.Conv2d:
     """A convolution that takes more channels, and does not look at them yet."""
-    wide = nn.Conv2d(conv.in_channels + beside, conv.out_channels, conv.kernel_size, padding=conv.padding)
+    wide = nn.Conv2d(conv.in_channels + beside, conv.out_channels, 3, padding=1)  # as every U-Net's first
     with torch.no_grad():
         wide.weight.zero_()
         wide.weight[:, : conv.in_channels] = conv.weight

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .. import checks
 from ..files import replacing
@@ -143,7 +143,7 @@ def step_generator(config: TrainConfig, step: int) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Dataset):
     """The batch of every step by the step's number: what a DataLoader calls a dataset."""
 
     data: Data
@@ -337,7 +337,7 @@ def fit(
     every: int = 500,
     seconds: float = 120.0,
     workers: int = 0,
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Train `module` in place by AdamW, yielding a record after each step; at the end it holds the averaged weights.
 
     Where `checkpoint` exists the run goes on from it, bit for bit as if it had never stopped. It is written every
@@ -428,7 +428,7 @@ def average_gradients(module: nn.Module, loss: Tensor, parts: dict[str, Tensor])
     return numbers[0], dict(zip(parts, numbers[1:], strict=True))
 
 
-def all_reduced(tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
+def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     """The tensors of all processes, reduced to one that all have."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)

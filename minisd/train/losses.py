@@ -39,7 +39,8 @@ def reconstruction_loss(output: Tensor, batch: Batch) -> tuple[Tensor, dict[str,
     """
     weight, error = batch["weight"], output.float() - batch["image"]
     pixel = (weight * (error.abs() + 0.5 * error**2)).mean()
-    edge = sum(d.abs().mean() for d in edges(error * weight))
+    down, across = edges(error * weight)
+    edge = down.abs().mean() + across.abs().mean()
     return pixel + edge, {"pixel": pixel.detach(), "edge": edge.detach()}
 
 
@@ -204,4 +205,4 @@ def classifier_loss(classifier: NoisyClassifier, batch: Batch) -> tuple[Tensor, 
     processes share a batch, each divides by how many there are in its own share.
     """
     parts = misreadings(classifier(batch["x_t"], batch["t"]), batch)
-    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+    return torch.stack([*parts.values()]).sum(), {name: part.detach() for name, part in parts.items()}
