@@ -25,6 +25,7 @@ picture: $(READY)
 test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/codespell
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg notebooks
 	$(MAKE) book

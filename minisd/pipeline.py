@@ -17,7 +17,7 @@ from . import checks, samplers
 from . import image as images
 from .clip import TextTower
 from .config import ModelConfig
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Prediction
 from .depth import DPT, depth_channel
 from .devices import check_device, check_dtype, fast_dtype, free_memory, naming_the_knob
 from .prompt import encode as encode_prompts
@@ -454,7 +454,12 @@ class StableDiffusion:
 
 
 def load(
-    model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    model: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    unet: str | Path | None = None,
+    prediction: Prediction | None = None,
 ) -> StableDiffusion:
     """The bundled model, or another, ready to draw.
 
@@ -463,6 +468,8 @@ def load(
     `dtype`: what the networks compute in, float32, float16 or bfloat16. By default float32 for the bundled models and
     those of `train`, which are small, so that every machine draws the same; for published weights what the device is
     fastest with: float16 on CUDA, bfloat16 on a CPU with instructions for it, else float32.
+    `unet`: a file, or a diffusers folder, whose noise predictor takes the place of a published model's.
+    `prediction`: what the noise predictor predicts, "eps", "v" or "x0", where the files don't say it or are wrong.
 
     Raises CheckpointError (a ValueError) where there is no such model or a file doesn't fit, and ValueError for a
     device that isn't there or a dtype that can't be.
@@ -470,7 +477,8 @@ def load(
     device, path = check_device(device), resolve(model)
     if dtype is None:
         dtype = fast_dtype(device) if is_published(path) else torch.float32
-    return StableDiffusion(**read_parts(path, check_dtype(dtype))).to(device)
+    parts = read_parts(path, check_dtype(dtype), unet=unet, prediction=prediction)
+    return StableDiffusion(**parts).to(device)
 
 
 def count(*modules: nn.Module) -> str:

