@@ -207,7 +207,10 @@ def draw_ours(sd: StableDiffusion, size: tuple[int, int]) -> Drawn:
             picture = sd.inpaint(PROMPT, shown, hole(size), **settings)
         case 5:
             picture = sd.depth2img(
-                PROMPT, shown, depth=noise_picture(size, 2), **settings | {"steps": STEPS + 1, "strength": 0.8}
+                PROMPT,
+                shown,
+                depth=noise_picture(size, 2).convert("L"),
+                **settings | {"steps": STEPS + 1, "strength": 0.8},
             )
         case 7:
             small = noise_picture([side // sd.vae.config.factor for side in size], 1)
@@ -237,7 +240,7 @@ def draw_theirs(pipe: DiffusionPipeline, size: tuple[int, int]) -> Drawn:
                 ).images[0]
                 picture = Image.composite(filled, shown, mask)  # what we do at the end, and it doesn't
             case 5:
-                depth = image.from_pil(noise_picture(size, 2))[:, 0]
+                depth = image.from_pil(noise_picture(size, 2).convert("L"))[:, 0]
                 settings |= {"num_inference_steps": STEPS + 1, "strength": 0.8}
                 picture = pipe(PROMPT, image=shown, depth_map=depth, **settings).images[0]
             case 7:
