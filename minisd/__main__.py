@@ -290,7 +290,7 @@ def _again(settings: dict[str, str]) -> str | None:
     if command is None:
         return None
     words = ["minisd", *([] if way == "text_to_image" else [way])]
-    for asked in command.params:
+    for asked in sorted(command.params, key=lambda asked: isinstance(asked, click.Option)):  # the prompt comes first
         if value := settings.get(asked.name):
             words += [value] if isinstance(asked, click.Argument) else [asked.opts[0], value]
     return shlex.join(words)
